@@ -1,0 +1,1 @@
+"""The model: sizes, layers, loss, recompute policies, generation and weights. Knows nothing of DeepSpeed."""
