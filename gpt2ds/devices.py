@@ -1,0 +1,147 @@
+"""What this machine has: GPUs by NVML, host memory, cores. Never imports torch and never starts CUDA."""
+
+import importlib.util
+import os
+import platform
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+MIB = 2**20
+
+# Dense peak rates in TFLOP/s with fp32 accumulation, as NVIDIA's data sheets and architecture white papers give them
+# (16-bit tensor cores without sparsity; fp32 without TF32). The longest name that the device's own name contains counts.
+PEAK_TFLOPS: dict[str, tuple[float, float]] = {
+    # name: (16 bit, fp32)
+    "GeForce RTX 3080": (59.5, 29.8),
+    "GeForce RTX 3090": (71.0, 35.6),
+    "GeForce RTX 3090 Ti": (80.0, 40.0),
+    "GeForce RTX 4070 Ti": (80.2, 40.1),
+    "GeForce RTX 4080": (97.5, 48.7),
+    "GeForce RTX 4090": (165.2, 82.6),
+    "GeForce RTX 5080": (112.6, 56.3),
+    "GeForce RTX 5090": (209.5, 104.8),
+    "RTX A5000": (111.1, 27.8),
+    "RTX A6000": (154.8, 38.7),
+    "RTX 6000 Ada": (364.2, 91.1),
+    "A10": (125.0, 31.2),
+    "A10G": (70.0, 31.2),
+    "A40": (149.7, 37.4),
+    "A100": (312.0, 19.5),
+    "L4": (121.0, 30.3),
+    "L40": (181.0, 90.5),
+    "L40S": (362.0, 91.6),
+    "T4": (65.0, 8.1),
+    "V100": (125.0, 15.7),
+    "H100": (989.4, 66.9),
+    "H100 PCIe": (756.0, 51.2),
+    "H200": (989.4, 66.9),
+}
+
+# What a card of N GB cannot give to one process's tensors: 24,576 MiB on the box of an RTX 4090, 23,700 MiB to reserve.
+CARD_OVERHEAD_BYTES = (24_576 - 23_700) * MIB
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GPU:
+    """One GPU as NVML describes it."""
+
+    name: str
+    total_bytes: int
+    free_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """What there is to train on."""
+
+    cpu_name: str
+    cores: int
+    host_memory_bytes: int
+    gpus: tuple[GPU, ...] = field(default=())
+
+    @property
+    def kind(self) -> str:
+        """`cuda` when there are GPUs that the installed torch can use, else `cpu`."""
+        return "cuda" if self.gpus else "cpu"
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the log."""
+        return {
+            "cpu_name": self.cpu_name,
+            "host_cores": self.cores,
+            "host_memory_bytes": self.host_memory_bytes,
+            "gpus": [{"name": gpu.name, "total_bytes": gpu.total_bytes} for gpu in self.gpus],
+        }
+
+
+def this_machine() -> Machine:
+    """Looks at the machine; GPUs only when the installed torch can use them and DS_ACCELERATOR does not say cpu."""
+    import psutil
+
+    usable = os.environ.get("DS_ACCELERATOR", "cuda") == "cuda" and torch_has_cuda()
+    return Machine(
+        cpu_name=_cpu_name(),
+        # The cores that this process may use, not those of the host: a container is often given fewer.
+        cores=len(os.sched_getaffinity(0)),
+        host_memory_bytes=psutil.virtual_memory().total,
+        gpus=_gpus() if usable else (),
+    )
+
+
+def torch_has_cuda() -> bool:
+    """Whether the installed torch was built with CUDA, read from its version file: importing torch takes over a second."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return False
+    version_file = Path(spec.origin).with_name("version.py")
+    for line in version_file.read_text(encoding="utf-8").splitlines():
+        if line.startswith("cuda"):
+            return not line.rstrip().endswith("None")
+    return False
+
+
+def peak_flops(device_name: str, dtype: str) -> float | None:
+    """The device's dense peak rate in FLOP/s for `fp32` or a 16-bit dtype; None for a device that the table does not know."""
+    words = f" {device_name} "
+    known = [name for name in PEAK_TFLOPS if f" {name} " in words.replace("-", " ") or f" {name}-" in words]
+    if not known:
+        return None
+    sixteen_bit, fp32 = PEAK_TFLOPS[max(known, key=len)]
+    return (fp32 if dtype == "fp32" else sixteen_bit) * 1e12
+
+
+def card_bytes(card_gb: float) -> int:
+    """What a card sold with so many GB offers to one process's tensors: 23,700 MiB for 24."""
+    return int(card_gb * 1024 * MIB) - CARD_OVERHEAD_BYTES
+
+
+def _gpus() -> tuple[GPU, ...]:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # no driver, no library, no permission: NVML has an exception class for each
+        return ()
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        found = {}
+        for index, handle in enumerate(handles):
+            memory, name = pynvml.nvmlDeviceGetMemoryInfo(handle), pynvml.nvmlDeviceGetName(handle)
+            gpu = GPU(name=name, total_bytes=int(memory.total), free_bytes=int(memory.free))
+            found[str(index)] = found[str(pynvml.nvmlDeviceGetUUID(handle))] = gpu
+    finally:
+        pynvml.nvmlShutdown()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    wanted = [str(index) for index in range(len(handles))] if visible is None else visible.split(",")
+    return tuple(found[name.strip()] for name in wanted if name.strip() in found)
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
