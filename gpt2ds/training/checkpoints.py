@@ -1,0 +1,177 @@
+"""Checkpoints that exist only when they are complete.
+
+A checkpoint is a folder `step-00001234` with DeepSpeed's files of every rank, `model.safetensors` for everything that is
+not training, and `manifest.json`, written last: names, sizes and digests of the other files, and where the run stood. A
+folder without a manifest that holds is no checkpoint, whatever else is in it.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from gpt2ds import __version__
+from gpt2ds.errors import UserError
+from gpt2ds.gpt2.weights import save_weights
+from gpt2ds.runlog.metrics import replace_file
+from gpt2ds.training.engine import TrainingEngine, share
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Position:
+    """Where a run stands after a step: with the plan and the weights, all that is needed to go on exactly."""
+
+    step: int
+    sequences_seen: int
+    elapsed_seconds: float
+    skipped_steps: int
+    learning_rate: dict[str, Any]
+    """The schedule as decided so far; under --hours its length is known only since some step."""
+    evaluate_every: int | None
+
+
+def save(engine: TrainingEngine, folder: Path, position: Position, keep: int) -> tuple[str, int, float]:
+    """Writes a checkpoint of all ranks, then removes all but the `keep` newest; returns (name, bytes, seconds).
+
+    Called by all ranks together. Raises OSError when the disk is full; what was there before is untouched then.
+    """
+    start = time.monotonic()
+    name = f"step-{position.step:08d}"
+    target = folder / name
+    if engine.ranks.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Left over from a run that died while saving, or saved before a resume from an earlier step.
+        shutil.rmtree(target, ignore_errors=True)
+    dist.barrier()
+    # save_latest=False: DeepSpeed writes its `latest` before all ranks have finished (engine.py:4956).
+    engine.engine.save_checkpoint(str(folder), tag=name, save_latest=False)
+    weights = engine.gathered_weights()
+    dist.barrier()
+    size = 0
+    if weights is not None:
+        save_weights(target / WEIGHTS, engine.plan.model, weights)
+        files = {path.name: _described(path) for path in sorted(target.iterdir())}
+        size = sum(file["bytes"] for file in files.values())
+        manifest = {
+            "format": FORMAT,
+            "position": asdict(position),
+            "ranks": engine.ranks.world_size,
+            "zero_stage": engine.plan.profile.zero_stage,
+            "identity": engine.plan.identity(),
+            "version": __version__,
+            "files": files,
+        }
+        replace_file(target / MANIFEST, json.dumps(manifest, indent=1).encode())
+        _prune(folder, keep)
+    dist.barrier()
+    return name, int(share(size)), time.monotonic() - start
+
+
+def load(engine: TrainingEngine, folder: Path, passed_over: Callable[[str], None]) -> tuple[str, Position]:
+    """Puts every rank where the newest checkpoint that holds left off; returns (name, position).
+
+    passed_over: told of each newer checkpoint that is damaged, and why. Raises UserError when none holds, or when it was
+    written by another number of ranks or ZeRO stage.
+    """
+    found: tuple[str, dict[str, Any]] | None = None
+    if engine.ranks.rank == 0:
+        found = newest(folder, passed_over)
+    found = share(found)
+    if found is None:
+        raise UserError(
+            f"--resume found no complete checkpoint in {folder}: start a new run without --resume (the old folder stays)."
+        )
+    name, manifest = found
+    for what, then, now in (
+        ("ranks", manifest["ranks"], engine.ranks.world_size),
+        ("ZeRO stage", manifest["zero_stage"], engine.plan.profile.zero_stage),
+    ):
+        if then != now:
+            raise UserError(f"{folder / name} was saved with {what} {then}, this run has {what} {now}: resume it with {then}.")
+    loaded, _ = engine.engine.load_checkpoint(str(folder), tag=name, load_lr_scheduler_states=False)
+    assert loaded is not None, "a checkpoint whose manifest holds is one that DeepSpeed finds"
+    position = Position(**manifest["position"])
+    engine.skipped_steps = position.skipped_steps
+    return name, position
+
+
+def newest(folder: Path, passed_over: Callable[[str], None]) -> tuple[str, dict[str, Any]] | None:
+    """(name, manifest) of the newest checkpoint of a run whose files are all as its manifest says."""
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        damage = verify(path)
+        if damage is None:
+            return path.name, json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        passed_over(f"Checkpoint {path.name} is passed over: {damage}.")
+    return None
+
+
+def verify(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None when every file is there and unchanged."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return "it was never completed (no manifest)"
+    except (OSError, ValueError) as error:
+        return f"its manifest cannot be read ({error})"
+    try:
+        if manifest["format"] != FORMAT:
+            return f"its format {manifest['format']} is not the {FORMAT} of this version"
+        Position(**manifest["position"])
+        for name, expected in manifest["files"].items():
+            if Path(name).name != name:
+                return f"its manifest names a file outside the folder: {name}"
+            file = path / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != expected["bytes"]:
+                return f"{name} has {file.stat().st_size:,} bytes instead of {expected['bytes']:,}"
+            if _digest(file) != expected["sha256"]:
+                return f"{name} was changed since it was saved (its sha256 differs)"
+    except (KeyError, TypeError, AttributeError) as error:
+        return f"its manifest is not one of ours ({error})"
+    except OSError as error:
+        return f"a file cannot be read ({error})"
+    return None
+
+
+def newest_weights(run: Path, passed_over: Callable[[str], None]) -> tuple[Path, Position]:
+    """The weights of a run's newest checkpoint that holds, and where it stood; needs neither DeepSpeed nor a GPU.
+
+    Raises UserError when the run has none.
+    """
+    found = newest(run / "checkpoints", passed_over)
+    if found is None:
+        raise UserError(f"{run} has no complete checkpoint: train it first (gpt2ds train --run {run.name}), or give another run.")
+    name, manifest = found
+    return run / "checkpoints" / name / WEIGHTS, Position(**manifest["position"])
+
+
+def _prune(folder: Path, keep: int) -> None:
+    complete = sorted((path for path in folder.glob("step-*") if (path / MANIFEST).is_file()), reverse=True)
+    for path in complete[keep:]:
+        # The manifest goes first: half a folder must not look like a checkpoint.
+        (path / MANIFEST).unlink()
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _described(path: Path) -> dict[str, Any]:
+    # On the disk and not only in the page cache before the manifest says so.
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": _digest(path)}
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

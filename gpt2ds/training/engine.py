@@ -1,0 +1,243 @@
+"""The DeepSpeed engine behind a narrow door: what training needs of it, with its quirks in this file and nowhere else.
+
+References are to deepspeed 0.19.8.
+"""
+
+import contextlib
+import io
+import logging
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gpt2ds.gpt2.model import GPT2
+from gpt2ds.plan import Plan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ranks:
+    """Which of the run's processes this is."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+
+def start_ranks(device_kind: str, *, memory_cap_bytes: int | None = None) -> Ranks:
+    """Joins the process group; without a launcher this process becomes the only rank.
+
+    memory_cap_bytes: CUDA memory that torch's allocator may reserve, to try a smaller card on a bigger one.
+    """
+    if "RANK" not in os.environ:
+        # Without these DeepSpeed looks for MPI and dies of its absence (comm/comm.py:898).
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(alone | {"MASTER_PORT": str(_free_port())})
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    world_size = int(os.environ["WORLD_SIZE"])
+    if device_kind == "cuda":
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        if memory_cap_bytes is not None:
+            total = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, memory_cap_bytes / total), device)
+        # fp32 products stay in fp32: tf32 would change what fp32 means here.
+    else:
+        device = torch.device("cpu")
+        local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
+        # The launcher leaves every rank all cores, and they then fight for them.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+    import deepspeed
+
+    if device_kind == "cpu":
+        # An optional shared-memory collective that needs a C++ compiler; gloo does the same without.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not dist.is_initialized():
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device_kind == "cuda" else "gloo", verbose=False, timeout=timedelta(minutes=10)
+        )
+    return Ranks(rank=dist.get_rank(), world_size=world_size, local_rank=local_rank, device=device)
+
+
+def stop_ranks() -> None:
+    """Leaves the process group, so that no rank's exit looks like a death to the others."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def share(value: Any) -> Any:
+    """Rank 0's value on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_numbers(numbers: list[float], device: torch.device) -> list[list[float]]:
+    """Every rank's numbers on every rank, in one exchange."""
+    own = torch.tensor(numbers, dtype=torch.float64, device=device)
+    gathered = torch.empty(dist.get_world_size() * len(numbers), dtype=torch.float64, device=device)
+    dist.all_gather_into_tensor(gathered, own)
+    rows: list[list[float]] = gathered.view(-1, len(numbers)).tolist()
+    return rows
+
+
+@contextlib.contextmanager
+def chatter_to(file: Path | None) -> Iterator[TextIO]:
+    """DeepSpeed's log lines, prints and deprecation warnings go to a file instead of the console (nowhere for None)."""
+    stream: TextIO = file.open("a", encoding="utf-8", buffering=1) if file else io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    library = logging.getLogger("DeepSpeed")
+    library.handlers[:] = [handler]
+    library.propagate = False
+
+    def to_file(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
+        stream.write(warnings.formatwarning(message, category, filename, lineno))
+
+    shown, warnings.showwarning = warnings.showwarning, to_file  # type: ignore[assignment]
+    try:
+        yield stream
+    finally:
+        warnings.showwarning = shown
+        library.handlers[:] = [logging.NullHandler()]
+        if file:
+            stream.close()
+
+
+class TrainingEngine:
+    """One model under DeepSpeed: micro-steps, optimizer steps, and the numbers that come out of them."""
+
+    def __init__(self, plan: Plan, ranks: Ranks) -> None:
+        """Builds the model on the CPU from the plan's seed, the same on every rank, and hands it to DeepSpeed."""
+        import deepspeed
+
+        torch.manual_seed(plan.options.get("seed"))
+        model = GPT2(plan.model, recompute=plan.recompute, loss_chunk=plan.profile.loss_chunk)
+        self.plan = plan
+        self.ranks = ranks
+        self.skipped_steps = 0
+        with contextlib.redirect_stdout(sys.stderr if not ranks.rank else io.StringIO()):
+            self.engine, self.optimizer, _, _ = deepspeed.initialize(
+                model=model, model_parameters=parameter_groups(model, plan.profile.weight_decay), config=plan.ds_config()
+            )
+        # The only setting in which DeepSpeed itself steps on non-finite gradients (engine.py:3505).
+        self.plain = plan.profile.zero_stage == 0 and plan.profile.dtype == "fp32"
+        self.engine.train()
+
+    @property
+    def module(self) -> GPT2:
+        """The model inside; under ZeRO-3 its parameters are gathered only while a forward runs."""
+        module: GPT2 = self.engine.module
+        return module
+
+    def micro_step(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Forward and backward of one micro-batch (B, T); returns its mean loss, still on the device."""
+        loss: Tensor = self.engine(ids, targets)
+        self.engine.backward(loss)
+        return loss.detach()
+
+    def end_micro_step(self) -> None:
+        """Tells DeepSpeed that a micro-batch within the accumulation window is done."""
+        self.engine.step()
+
+    def optimizer_step(self, lr: float) -> tuple[float, bool]:
+        """Steps at this learning rate; returns (gradient norm before clipping, whether the step was taken).
+
+        A step with a non-finite gradient anywhere is left out on every rank.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if self.plain:
+            return self._plain_step()
+        skipped_before = self.engine.skipped_steps
+        self.engine.step()
+        taken = self.engine.skipped_steps == skipped_before
+        self.skipped_steps += not taken
+        norm = self.engine.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan"), taken
+
+    def _plain_step(self) -> tuple[float, bool]:
+        gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        finite = torch.isfinite(norm)
+        # torch's fused optimizers leave everything as it is when this is 1; it is the mechanism of their gradient scaler.
+        self.optimizer.found_inf = torch.where(finite, 0.0, 1.0).to(torch.float32)
+        self.engine.step()
+        taken = bool(finite)
+        self.skipped_steps += not taken
+        return float(norm), taken
+
+    @property
+    def loss_scale(self) -> float | None:
+        """fp16's current loss scale; None in other dtypes."""
+        return float(self.optimizer.loss_scale) if self.plan.profile.dtype == "fp16" else None
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Forward passes only, without dropout."""
+        self.engine.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.engine.train()
+
+    def loss_of(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Mean loss of (B, T) without gradients; every rank must call this equally often under ZeRO-3."""
+        loss: Tensor = self.engine(ids, targets)
+        return loss
+
+    def last_logits(self, ids: Tensor) -> Tensor:
+        """Logits (B, 1, V) of the next token; every rank must call this equally often under ZeRO-3."""
+        logits: Tensor = self.engine(ids, last_only=True)
+        return logits
+
+    def gathered_weights(self) -> dict[str, Tensor] | None:
+        """The weights in the compute dtype on the CPU, on rank 0 (None elsewhere); gathered one by one under ZeRO-3."""
+        import deepspeed
+
+        weights = {}
+        for name, parameter in self.module.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self.plan.profile.zero_stage == 3):
+                if self.ranks.rank == 0:
+                    weights[name] = parameter.detach().cpu().clone()
+        return weights if self.ranks.rank == 0 else None
+
+    def memory(self) -> tuple[int, int | None]:
+        """(bytes in use at the peak, bytes reserved) of this rank: CUDA's allocator, or the resident size on a CPU."""
+        if self.ranks.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        import psutil
+
+        return psutil.Process().memory_info().rss, None
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups for AdamW: matrices decay, vectors (biases and norms) do not, as in GPT-3 and after.
+
+    The tied head is one parameter and stands in one group.
+    """
+    matrices = [parameter for parameter in model.parameters() if _dimensions(parameter) >= 2]
+    vectors = [parameter for parameter in model.parameters() if _dimensions(parameter) < 2]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def _dimensions(parameter: nn.Parameter) -> int:
+    # Under zero.Init a parameter is an empty vector, and its true shape stands beside it.
+    return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,328 @@
+"""The training loop: from a plan to the last checkpoint, read from top to bottom like the run it describes."""
+
+import json
+import math
+import platform
+import shlex
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpt2ds import __version__
+from gpt2ds.corpus.batches import Batches, Windows
+from gpt2ds.plan import Plan, evaluation_interval
+from gpt2ds.runlog.metrics import NullLog, Recorder, replace_file
+from gpt2ds.training import checkpoints
+from gpt2ds.training.engine import TrainingEngine, chatter_to, gather_numbers, share, start_ranks, stop_ranks
+from gpt2ds.training.evaluation import Evaluation, sample_text, to_device
+from gpt2ds.training.guard import Clock, Finiteness, StopSignals
+from gpt2ds.training.schedule import LearningRate
+
+# Under --hours the number of steps is estimated once so much of the time has gone, but not before so many steps.
+ESTIMATE_AFTER_FRACTION = 0.01
+ESTIMATE_AFTER_STEPS = 5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """How a run ended, on every rank."""
+
+    reason: str
+    step: int
+    completed: bool
+    """False when a signal or non-finite steps ended it before its time."""
+    failed: bool
+    is_main: bool
+    """Whether this process is rank 0, the one that speaks."""
+    folder: Path
+
+
+def train(plan: Plan, recorder_for: Callable[[Plan], Recorder]) -> Outcome:
+    """Runs the plan on all ranks together.
+
+    recorder_for: makes rank 0's recorder once the run folder is there. Raises UserError when a resume is not possible,
+    and whatever the engine raises; the log then ends with the reason.
+    """
+    cap = plan.device_bytes if plan.options.gpu_memory else None
+    ranks = start_ranks(plan.device_kind, memory_cap_bytes=cap)
+    with ExitStack() as stack:
+        stack.callback(stop_ranks)
+        # Folder names carry the time and memory can differ between cards: one plan must count, and it is rank 0's.
+        plan = share(plan)
+        recorder: Recorder = NullLog()
+        plan.folder.mkdir(parents=True, exist_ok=True)
+        if ranks.rank == 0:
+            _write_plan(plan)
+            recorder = recorder_for(plan)
+        stack.callback(recorder.close)
+        stack.enter_context(chatter_to(plan.folder / "deepspeed.log"))
+        signals = stack.enter_context(StopSignals())
+        run = _Run(plan, TrainingEngine(plan, ranks), recorder, signals)
+        try:
+            reason, completed, failed = run.go()
+        except BaseException as error:
+            recorder.record("end", run.step, reason=f"failed: {_first_line(error)}", **run.totals())
+            raise
+        recorder.record("end", run.step, reason=reason, **run.totals())
+        return Outcome(
+            reason=reason,
+            step=run.step,
+            completed=completed,
+            failed=failed,
+            is_main=ranks.rank == 0,
+            folder=plan.folder,
+        )
+
+
+class _Run:
+    """The state of a run between two steps."""
+
+    def __init__(self, plan: Plan, engine: TrainingEngine, recorder: Recorder, signals: StopSignals) -> None:
+        self.plan = plan
+        self.engine = engine
+        self.recorder = recorder
+        self.signals = signals
+        ranks = engine.ranks
+        self.batches = Batches(
+            Windows(plan.corpus.train, plan.context),
+            global_batch=plan.global_batch,
+            micro_batch=plan.micro_batch,
+            rank=ranks.rank,
+            ranks=ranks.world_size,
+            seed=plan.options.get("seed"),
+        )
+        self.evaluation = Evaluation(
+            Windows(plan.corpus.val, plan.context),
+            count=plan.evaluation_windows,
+            micro_batch=plan.options.get("evaluation_micro_batch"),
+        )
+        self.rate = LearningRate.of(plan.schedule)
+        self.evaluate_every = plan.evaluate_every
+        self.finiteness = Finiteness()
+        self.taken = True
+        self.step = 0
+        self.clock = Clock()
+        self.step_seconds: list[float] = []
+        self.saved_at_step = -1
+        self.saved_at = time.monotonic()
+        self.evaluated_at = -1
+        self.evaluation_seconds = 0.0
+
+    @property
+    def sequences_seen(self) -> int:
+        """The data position: skipped steps use up their sequences as well."""
+        return self.step * self.plan.global_batch
+
+    def totals(self) -> dict[str, Any]:
+        """What the run has done so far, over all sessions."""
+        return {"tokens": self.step * self.plan.tokens_per_step, "elapsed_seconds": round(self.clock.elapsed_seconds, 3)}
+
+    def go(self) -> tuple[str, bool, bool]:
+        """Trains to the end; returns (reason, completed, failed)."""
+        self.start()
+        if self.step == 0:
+            self.evaluate()
+        reason, completed, failed = self.until_end()
+        if not failed:
+            if self.evaluated_at != self.step and completed:
+                self.evaluate()
+            if self.saved_at_step != self.step:
+                self.save()
+        return reason, completed, failed
+
+    def start(self) -> None:
+        """Takes up an earlier session's state where there is one, and opens the log."""
+        resumed_from = None
+        passed_over: list[str] = []
+        if self.plan.resume_from:
+            resumed_from, position = checkpoints.load(self.engine, self.plan.folder / "checkpoints", passed_over.append)
+            self.step = self.saved_at_step = self.evaluated_at = position.step
+            self.clock = Clock(position.elapsed_seconds)
+            self.rate = self._rate_after(LearningRate(**position.learning_rate))
+            self.evaluate_every = self.plan.options.evaluate_every or position.evaluate_every
+        self.recorder.record(
+            "start",
+            self.step,
+            resumed_from=resumed_from,
+            command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            ranks=self.plan.ranks,
+            hardware=self.plan.machine.to_dict(),
+            versions=_versions(),
+            total_steps=self.rate.total_steps,
+            hours=self.plan.schedule.hours,
+            notes=list(self.plan.notes),
+        )
+        for sentence in passed_over:
+            self.recorder.record("incident", self.step, what=sentence)
+
+    def _rate_after(self, stored: LearningRate) -> LearningRate:
+        """A resumed run keeps the schedule it was on, unless the user now asks for another end."""
+        asked = self.plan.schedule.total_steps
+        if asked is not None and asked != stored.total_steps:
+            return LearningRate.of(self.plan.schedule)
+        return stored
+
+    def until_end(self) -> tuple[str, bool, bool]:
+        """Step after step, until the steps, the time or the user's patience are used up."""
+        while self.rate.total_steps is None or self.step < self.rate.total_steps:
+            received, time_used, save_due = self.one_step()
+            if not self.finiteness.saw(self.taken):
+                return f"failed: the gradient was not finite in {self.finiteness.in_a_row} steps in a row", False, True
+            self.estimate_end(time_used)
+            if received:
+                return f"interrupted by {signal.Signals(received).name}", False, False
+            if time_used >= 1.0:
+                return "time budget reached", True, False
+            if self.evaluate_every and self.step % self.evaluate_every == 0:
+                self.evaluate()
+            if save_due:
+                self.save()
+        return "completed", True, False
+
+    def one_step(self) -> tuple[int, float, bool]:
+        """One optimizer step; returns what all ranks agree on: (signal or 0, share of the time used, whether to save)."""
+        plan, engine, device = self.plan, self.engine, self.engine.ranks.device
+        start = time.monotonic()
+        lr = self.rate.at(self.step)
+        if plan.model.drop_rate:
+            # Dropout as a function of the step: a resumed run drops the same units, and no random state needs saving.
+            torch.manual_seed(hash((plan.options.get("seed"), self.step, engine.ranks.rank)) % 2**63)
+        loss = torch.zeros((), device=device)
+        for number, window in enumerate(self.batches.micro_batches(self.sequences_seen)):
+            if number:
+                engine.end_micro_step()
+            ids, targets = to_device(window, device)
+            loss += engine.micro_step(ids, targets)
+        grad_norm, self.taken = engine.optimizer_step(lr)
+        self.step += 1
+
+        peak, reserved = engine.memory()
+        rows = gather_numbers(
+            [
+                float(loss) / plan.accumulation,
+                self.signals.received,
+                peak,
+                -1 if reserved is None else reserved,
+                self._time_used(),
+                self._save_due(),
+            ],
+            device,
+        )
+        seconds = time.monotonic() - start
+        self.step_seconds.append(seconds)
+        mean_loss = statistics.fmean(row[0] for row in rows)
+        speed = plan.tokens_per_step / seconds
+        flops = plan.model.flops_per_token(plan.context) * speed
+        self.recorder.record(
+            "step",
+            self.step,
+            loss=mean_loss,
+            lr=lr,
+            grad_norm=grad_norm,
+            tokens_per_second=round(speed, 1),
+            step_seconds=round(seconds, 4),
+            mfu=round(flops / plan.peak_flops, 4) if plan.peak_flops else None,
+            memory_bytes=[int(row[2]) for row in rows],
+            reserved_bytes=[int(row[3]) for row in rows] if reserved is not None else None,
+            skipped_steps=engine.skipped_steps,
+            loss_scale=engine.loss_scale,
+            **self.totals(),
+        )
+        if not self.taken:
+            culprits = [str(rank) for rank, row in enumerate(rows) if not math.isfinite(row[0])]
+            cause = f"the loss of rank {', '.join(culprits)} was not finite" if culprits else "a gradient was not finite"
+            self.recorder.record("incident", self.step, what=f"Step {self.step} was left out: {cause}.")
+        received = int(max(row[1] for row in rows))
+        return received, rows[0][4], rows[0][5] > 0
+
+    def _time_used(self) -> float:
+        hours = self.plan.schedule.hours
+        return self.clock.elapsed_seconds / (hours * 3600) if hours else 0.0
+
+    def _save_due(self) -> float:
+        options = self.plan.options
+        if options.save_every:
+            return float(self.step % options.save_every == 0)
+        return float(time.monotonic() - self.saved_at >= options.get("save_minutes") * 60)
+
+    def estimate_end(self, time_used: float) -> None:
+        """Under --hours: turns the time into a number of steps, once, the same on all ranks."""
+        schedule = self.plan.schedule
+        if schedule.hours is None or self.rate.total_steps is not None:
+            return
+        enough = ESTIMATE_AFTER_FRACTION if schedule.kind != "wsd" else 1 - schedule.decay_fraction
+        if time_used < enough or len(self.step_seconds) < ESTIMATE_AFTER_STEPS:
+            return
+        left = schedule.hours * 3600 - self.clock.elapsed_seconds
+        # The first step warms caches up; evaluations take their share of what is left.
+        speed = statistics.median(self.step_seconds[1:])
+        evaluations = self.evaluation_seconds * 20 * left / (schedule.hours * 3600)
+        total = share(self.step + max(1, int((left - min(evaluations, left / 2)) / speed)))
+        if schedule.kind == "wsd":
+            self.rate = self.rate.decaying_from(self.step, total)
+            reason = f"the decay starts at {1 - schedule.decay_fraction:.0%} of {schedule.hours:g} hours"
+        else:
+            if self.plan.options.warmup_steps is None:
+                self.rate = self.rate.with_default_warmup(total)
+            self.rate = self.rate.ending_at(total, schedule.decay_fraction)
+            reason = f"{speed:.3g} s a step leave room for so many in {schedule.hours:g} hours"
+        self.evaluate_every = self.evaluate_every or evaluation_interval(total)
+        self.recorder.record(
+            "schedule", self.step, total_steps=total, warmup_steps=self.rate.warmup_steps, reason=reason
+        )
+
+    def evaluate(self) -> None:
+        """Validation loss and a sample of text, by all ranks together."""
+        options = self.plan.options
+        start = time.monotonic()
+        loss = self.evaluation.loss(self.engine)
+        seconds = time.monotonic() - start
+        self.recorder.record(
+            "evaluation", self.step, val_loss=loss, windows=len(self.evaluation.chosen), seconds=round(seconds, 3)
+        )
+        prompt = options.get("sample_prompt")
+        text = sample_text(
+            self.engine, prompt, tokens=options.get("sample_tokens"), seed=options.get("seed") + self.step
+        )
+        self.recorder.record("sample", self.step, prompt=prompt, text=text)
+        self.evaluated_at = self.step
+        self.evaluation_seconds = time.monotonic() - start
+
+    def save(self) -> None:
+        """A checkpoint, by all ranks together."""
+        position = checkpoints.Position(
+            step=self.step,
+            sequences_seen=self.sequences_seen,
+            elapsed_seconds=self.clock.elapsed_seconds,
+            skipped_steps=self.engine.skipped_steps,
+            learning_rate=asdict(self.rate),
+            evaluate_every=self.evaluate_every,
+        )
+        name, size, seconds = checkpoints.save(
+            self.engine, self.plan.folder / "checkpoints", position, self.plan.options.get("keep")
+        )
+        self.recorder.record("checkpoint", self.step, name=name, bytes=size, seconds=round(seconds, 3))
+        self.saved_at_step, self.saved_at = self.step, time.monotonic()
+
+
+def _write_plan(plan: Plan) -> None:
+    replace_file(plan.folder / "plan.json", json.dumps(plan.to_dict(), indent=1).encode())
+    replace_file(plan.folder / "ds_config.json", json.dumps(plan.ds_config(), indent=1).encode())
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "deepspeed", "tiktoken", "numpy")
+    return {"gpt2ds": __version__, "python": platform.python_version()} | {name: version(name) for name in packages}
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]

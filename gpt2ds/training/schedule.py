@@ -1,0 +1,69 @@
+"""The learning rate as a pure function of the step, so that it cannot drift when steps are skipped or a run is resumed."""
+
+import math
+from dataclasses import dataclass, replace
+
+from gpt2ds.plan import Schedule, warmup_steps
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LearningRate:
+    """A schedule whose course is known as far as it is known; what a checkpoint stores of it is `to_dict`."""
+
+    kind: str
+    peak_lr: float
+    min_lr_ratio: float
+    warmup_steps: int
+    total_steps: int | None
+    decay_start: int | None
+    """Warm-up-stable-decay: first step of the decay; None while it is not known."""
+
+    @classmethod
+    def of(cls, schedule: Schedule) -> "LearningRate":
+        """The schedule of a plan; under --hours its end is still open."""
+        rate = cls(
+            kind=schedule.kind,
+            peak_lr=schedule.peak_lr,
+            min_lr_ratio=schedule.min_lr_ratio,
+            warmup_steps=schedule.warmup_steps,
+            total_steps=None,
+            decay_start=None,
+        )
+        if schedule.total_steps is None:
+            return rate
+        return rate.ending_at(schedule.total_steps, schedule.decay_fraction)
+
+    def ending_at(self, total_steps: int, decay_fraction: float) -> "LearningRate":
+        """The same schedule with its end decided."""
+        start = None
+        if self.kind == "wsd":
+            start = max(self.warmup_steps, total_steps - max(1, round(total_steps * decay_fraction)))
+        return replace(self, total_steps=total_steps, decay_start=start)
+
+    def with_default_warmup(self, total_steps: int) -> "LearningRate":
+        """The warm-up that fits a run of so many steps, when the user named none."""
+        return replace(self, warmup_steps=warmup_steps(total_steps))
+
+    def decaying_from(self, step: int, total_steps: int) -> "LearningRate":
+        """Warm-up-stable-decay that starts its decay now, because the clock says so."""
+        return replace(self, decay_start=step, total_steps=max(total_steps, step + 1))
+
+    def at(self, step: int) -> float:
+        """The learning rate of step 0, 1, 2, ...: linear warm-up that reaches the peak at `warmup_steps`, then the course.
+
+        cosine: half a cosine from the peak to min_lr_ratio of it at total_steps. wsd: the peak until decay_start, then
+        linearly down to min_lr_ratio of it. constant: the peak.
+        """
+        if step < self.warmup_steps:
+            return self.peak_lr * (step + 1) / self.warmup_steps
+        low = self.peak_lr * self.min_lr_ratio
+        if self.kind == "constant" or self.total_steps is None:
+            return self.peak_lr
+        if self.kind == "cosine":
+            done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+            return low + (self.peak_lr - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        assert self.kind == "wsd", self.kind
+        if self.decay_start is None or step < self.decay_start:
+            return self.peak_lr
+        done = (step - self.decay_start) / max(1, self.total_steps - self.decay_start)
+        return self.peak_lr - (self.peak_lr - low) * min(1.0, done)
