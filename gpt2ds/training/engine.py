@@ -85,9 +85,9 @@ def share(value: Any) -> Any:
 def gather_numbers(numbers: list[float], device: torch.device) -> list[list[float]]:
     """Every rank's numbers on every rank, in one exchange."""
     own = torch.tensor(numbers, dtype=torch.float64, device=device)
-    gathered = torch.empty(dist.get_world_size() * len(numbers), dtype=torch.float64, device=device)
-    dist.all_gather_into_tensor(gathered, own)
-    rows: list[list[float]] = gathered.view(-1, len(numbers)).tolist()
+    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, own)
+    rows: list[list[float]] = torch.stack(gathered).tolist()
     return rows
 
 

@@ -1,0 +1,5 @@
+"""`python -m gpt2ds` is `gpt2ds`."""
+
+from gpt2ds.cli import main
+
+main()

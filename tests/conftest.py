@@ -1,0 +1,36 @@
+"""Fixtures that all tests share: a small real corpus and a small model."""
+
+import pydoc_data.topics
+from pathlib import Path
+
+import pytest
+
+# Wide enough to have every kind of layer, small enough that a step takes milliseconds.
+SMALL_MODEL = """
+models:
+  small:
+    emb_dim: 32
+    n_heads: 2
+    n_layers: 2
+    context_length: 32
+"""
+
+
+@pytest.fixture(scope="session")
+def corpus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of Python's own documentation topics, about 20 documents."""
+    from gpt2ds.corpus.prepare import PrepareOptions, prepare
+
+    folder = tmp_path_factory.mktemp("corpus")
+    for name, text in sorted(pydoc_data.topics.topics.items())[:20]:
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+    prepare([str(folder)], folder / "shards", options=PrepareOptions(validation_fraction=0.1, processes=1))
+    return folder / "shards"
+
+
+@pytest.fixture(scope="session")
+def models_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's own models file with the one model `small`."""
+    path = tmp_path_factory.mktemp("models") / "models.yaml"
+    path.write_text(SMALL_MODEL, encoding="utf-8")
+    return path

@@ -1,0 +1,64 @@
+"""Running scripts on several ranks and the command line as a user would, in processes of their own."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).parent
+PROFILES = TESTS.parent / "ds_configs"
+
+
+def cpu_environment(**more: str) -> dict[str, str]:
+    """This process's environment, made ready for DeepSpeed on CPUs."""
+    return os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)} | more
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def run_ranks(
+    script: Path, *arguments: Any, ranks: int = 2, timeout: float = 240
+) -> list[subprocess.CompletedProcess[str]]:
+    """Runs a script as every rank of one group and returns all results; fails the test when a rank fails."""
+    rendezvous = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), *map(str, arguments)],
+            env=cpu_environment(RANK=str(rank), LOCAL_RANK=str(rank), **rendezvous),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    results = []
+    try:
+        for process in processes:
+            out, err = process.communicate(timeout=timeout)
+            results.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
+    finally:
+        for process in processes:
+            process.kill()
+    for rank, result in enumerate(results):
+        assert result.returncode == 0, f"rank {rank} failed:\n{result.stdout}\n{result.stderr}"
+    return results
+
+
+def run_cli(*arguments: Any, cwd: Path, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs `gpt2ds ...` as a user would, in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "gpt2ds", *map(str, arguments)],
+        cwd=cwd,
+        env=cpu_environment(**environment),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
