@@ -1,0 +1,118 @@
+"""One of two ranks: trains the small model at every ZeRO stage in fp32 and bf16, and puts a NaN into one rank's data path.
+
+Prints a JSON object of results on rank 0. Arguments: folder of profiles, models file, corpus.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from gpt2ds.corpus.batches import Batches, Windows
+from gpt2ds.gpt2.model import GPT2
+from gpt2ds.options import TrainOptions
+from gpt2ds.plan import Plan, resolve
+from gpt2ds.training.engine import TrainingEngine, parameter_groups, start_ranks, stop_ranks
+from gpt2ds.training.evaluation import Evaluation, sample_text, to_device
+
+LR = 1e-3
+STEPS = 3
+
+
+def windows_of(plan: Plan, rank: int, ranks: int, micro_batch: int) -> Batches:
+    return Batches(
+        Windows(plan.corpus.train, plan.context),
+        global_batch=plan.global_batch,
+        micro_batch=micro_batch,
+        rank=rank,
+        ranks=ranks,
+        seed=1,
+    )
+
+
+def one_step(engine: TrainingEngine, plan: Plan, step: int) -> tuple[float, float, bool]:
+    batches = windows_of(plan, engine.ranks.rank, engine.ranks.world_size, plan.micro_batch)
+    loss = 0.0
+    for number, window in enumerate(batches.micro_batches(step * plan.global_batch)):
+        if number:
+            engine.end_micro_step()
+        loss += float(engine.micro_step(*to_device(window, engine.ranks.device)))
+    norm, taken = engine.optimizer_step(LR)
+    return loss / plan.accumulation, norm, taken
+
+
+def plain_torch(plan: Plan) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The same training without DeepSpeed: whole global batch, torch's AdamW, clipping at 1.0."""
+    torch.manual_seed(plan.options.get("seed"))
+    model = GPT2(plan.model)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, plan.profile.weight_decay), lr=LR, betas=plan.profile.betas, eps=plan.profile.eps
+    )
+    norms = []
+    for step in range(STEPS):
+        (window,) = windows_of(plan, 0, 1, plan.global_batch).micro_batches(step * plan.global_batch)
+        model(*to_device(window, torch.device("cpu"))).backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
+        optimizer.step()
+        optimizer.zero_grad()
+    return norms, {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def flat(weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([weights[name].float().flatten() for name in sorted(weights)])
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.float() - b).norm() / b.norm())
+
+
+def main(profiles: Path, models_file: Path, corpus: Path) -> None:
+    results = {}
+    for path in sorted(profiles.glob("*.json")):
+        options = TrainOptions(
+            ds=str(path), model="small", models_file=models_file, data=corpus, micro_batch=2, accumulation=2, steps=10
+        )
+        plan = resolve(options, ranks=2)
+        ranks = start_ranks(plan.device_kind)
+        engine = TrainingEngine(plan, ranks)
+        steps = [one_step(engine, plan, step) for step in range(STEPS)]
+        before = engine.gathered_weights()
+
+        hook = None
+        if ranks.rank == 1:  # one rank only: the other must neither hang nor step
+            hook = engine.module.ln_f.register_forward_hook(lambda module, inputs, output: output * float("nan"))
+        poisoned = one_step(engine, plan, STEPS)
+        if hook:
+            hook.remove()
+        unchanged = engine.gathered_weights()
+        after = one_step(engine, plan, STEPS + 1)
+        last = engine.gathered_weights()
+
+        evaluation = Evaluation(Windows(plan.corpus.val, plan.context), count=5, micro_batch=2)
+        validation = evaluation.loss(engine)
+        text = sample_text(engine, "Fruits", tokens=4, seed=0)
+        if ranks.rank == 0:
+            norms, reference = plain_torch(plan)
+            results[path.stem] = {
+                "losses": [loss for loss, _, _ in steps],
+                "norms": [norm for _, norm, _ in steps],
+                "taken": [taken for _, _, taken in steps],
+                "reference_norms": norms,
+                "worst_tensor": max(relative(before[name], weight) for name, weight in reference.items()),
+                "whole_model": relative(flat(before), flat(reference)),
+                "poisoned_taken": poisoned[2],
+                "unchanged": all(torch.equal(before[name], unchanged[name]) for name in before),
+                "after_taken": after[2],
+                "moved": any(not torch.equal(last[name], unchanged[name]) for name in last),
+                "finite": all(bool(torch.isfinite(weight).all()) for weight in last.values()),
+                "skipped": engine.skipped_steps,
+                "validation": validation,
+                "sample": text,
+            }
+    stop_ranks()
+    if ranks.rank == 0:
+        print("RESULTS " + json.dumps(results))
+
+
+main(*map(Path, sys.argv[1:]))

@@ -1,0 +1,70 @@
+"""Every ZeRO stage in fp32 and bf16 on two real ranks: the same training as plain torch, and no NaN in the weights."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import PROFILES, run_ranks
+
+NAMES = [f"zero{stage}_{dtype}" for stage in range(4) for dtype in ("bf16", "fp32")]
+
+
+def write_profiles(folder: Path) -> None:
+    """The shipped bf16 profile of each stage, and the same in fp32."""
+    for name in NAMES:
+        stage = int(name[4])
+        profile = json.loads((PROFILES / f"zero{max(stage, 1)}.json").read_text(encoding="utf-8"))
+        profile["zero_optimization"]["stage"] = stage
+        if stage == 0:
+            del profile["zero_optimization"]
+        if name.endswith("fp32"):
+            del profile["bf16"]
+            profile.pop("data_types", None)
+        elif stage == 0:
+            profile["data_types"] = {"grad_accum_dtype": "bf16"}
+        (folder / f"{name}.json").write_text(json.dumps(profile), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def results(
+    tmp_path_factory: pytest.TempPathFactory, models_file: Path, corpus_folder: Path
+) -> dict[str, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("profiles")
+    write_profiles(folder)
+    worker = Path(__file__).with_name("stages_worker.py")
+    out = run_ranks(worker, folder, models_file, corpus_folder)[0].stdout
+    (line,) = [line for line in out.splitlines() if line.startswith("RESULTS ")]
+    return json.loads(line.removeprefix("RESULTS "))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_training_as_plain_torch(results: dict[str, dict[str, Any]], name: str) -> None:
+    result = results[name]
+    assert result["taken"] == [True, True, True]
+    exact = name.endswith("fp32")
+    # In 16 bits a bias, which begins at 0, can take Adam's first steps the other way: the model as a whole must agree.
+    assert result["worst_tensor" if exact else "whole_model"] < (1e-5 if exact else 0.03)
+    for norm, reference in zip(result["norms"], result["reference_norms"], strict=True):
+        assert norm == pytest.approx(reference, rel=1e-4 if exact else 0.05)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_nan_on_one_rank_never_reaches_a_weight(results: dict[str, dict[str, Any]], name: str) -> None:
+    result = results[name]
+    assert not result["poisoned_taken"]
+    assert result["unchanged"]
+    assert result["after_taken"]
+    assert result["moved"]
+    assert result["finite"]
+    assert result["skipped"] == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_validation_and_samples_work(results: dict[str, dict[str, Any]], name: str) -> None:
+    assert results[name]["validation"] == pytest.approx(math.log(50257), abs=0.5)
+    assert results[name]["sample"]
+    if name.endswith("fp32"):
+        assert results[name]["validation"] == pytest.approx(results["zero0_fp32"]["validation"], rel=1e-5)
+        assert results[name]["sample"] == results["zero0_fp32"]["sample"]
