@@ -1,0 +1,306 @@
+"""One DeepSpeed JSON read, checked and completed: what the user wrote, what DeepSpeed will make of it, and why.
+
+It knows no model and no device, and imports neither torch nor deepspeed.
+"""
+
+import copy
+import difflib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpt2ds.ds_defaults import BUCKET_ELEMENTS, complete
+from gpt2ds.ds_keys import check_keys
+from gpt2ds.ds_rules import (
+    combination_problems,
+    dtype_of,
+    offload_of,
+    optimizer_name,
+    section,
+    stage_of,
+)
+from gpt2ds.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DsProfile:
+    """A checked profile. `raw` is the JSON as read, `settings` the same completed (what `ds_config` starts from)."""
+
+    name: str
+    path: Path
+    raw: dict[str, Any]
+    settings: dict[str, Any]
+    description: str
+    use_when: str
+    recompute: str
+    """"none" or "full": whether a block's activations are computed again in the backward pass."""
+    loss_chunk: int | None
+    """Tokens whose logits exist at the same time; None leaves it to the program."""
+    completions: tuple[str, ...]
+
+    @property
+    def zero_stage(self) -> int:
+        return stage_of(self.settings)
+
+    @property
+    def dtype(self) -> str:
+        """ "fp32", "bf16" or "fp16": the weights in forward and backward."""
+        return dtype_of(self.settings)
+
+    @property
+    def grad_accum_dtype(self) -> str:
+        """ "fp32", "bf16" or "fp16": the type in which micro-batches are summed; always resolved."""
+        return str(self.settings["data_types"]["grad_accum_dtype"])
+
+    @property
+    def immediate_grad_update(self) -> bool:
+        """ZeRO-1 in bf16 with fp32 sums: true frees each 16-bit gradient at once, false keeps 2 bytes a parameter."""
+        return bool(section(self.settings, "bf16").get("immediate_grad_update", False))
+
+    @property
+    def micro_batch_is_auto(self) -> bool:
+        """The JSON says "auto": the largest or fastest that fits, at the same global batch."""
+        return self.settings.get("train_micro_batch_size_per_gpu") == "auto"
+
+    @property
+    def micro_batch(self) -> int | None:
+        """Sequences per rank at a time; None when it is "auto" or follows from global_batch, accumulation and ranks."""
+        return self._number("train_micro_batch_size_per_gpu")
+
+    @property
+    def accumulation(self) -> int | None:
+        """Micro-batches per optimizer step; None when it follows from global_batch, micro_batch and ranks."""
+        return self._number("gradient_accumulation_steps")
+
+    @property
+    def global_batch(self) -> int | None:
+        """Sequences per optimizer step on all ranks, where the JSON fixes it."""
+        return self._number("train_batch_size")
+
+    @property
+    def gradient_clipping(self) -> float:
+        """The largest gradient norm; 0 for none."""
+        return float(self.settings["gradient_clipping"])
+
+    @property
+    def offload_optimizer(self) -> str | None:
+        """ "cpu", "nvme" or None."""
+        return offload_of(self.settings, "optimizer")
+
+    @property
+    def offload_param(self) -> str | None:
+        """ "cpu", "nvme" or None."""
+        return offload_of(self.settings, "param")
+
+    @property
+    def reduce_bucket_elements(self) -> int:
+        """The size of ZeRO's gradient bucket in elements, whatever their type."""
+        return int(section(self.settings, "zero_optimization").get("reduce_bucket_size", BUCKET_ELEMENTS))
+
+    @property
+    def overlap_comm(self) -> bool:
+        """Whether reduction overlaps with backward; at ZeRO-1/2 that doubles the bucket."""
+        return bool(section(self.settings, "zero_optimization").get("overlap_comm", self.zero_stage == 3))
+
+    @property
+    def live_parameter_elements(self) -> int:
+        """ZeRO-3: most parameters that are gathered at the same time, the prefetched ones included."""
+        zero = section(self.settings, "zero_optimization")
+        return int(zero.get("stage3_max_live_parameters", 1e9)) + int(zero.get("stage3_prefetch_bucket_size", 5e7))
+
+    @property
+    def sub_group_elements(self) -> int:
+        """ZeRO-3: parameters that one tile of the optimizer step covers."""
+        return int(section(self.settings, "zero_optimization").get("sub_group_size", 1e9))
+
+    @property
+    def optimizer(self) -> str:
+        """ "AdamW" or "Adam"."""
+        return optimizer_name(self.settings)
+
+    @property
+    def lr(self) -> float | None:
+        """The profile's own peak learning rate; None leaves it to the program."""
+        lr = self._optimizer_parameter("lr")
+        return None if lr is None else float(lr)
+
+    @property
+    def betas(self) -> tuple[float, float]:
+        first, second = self._optimizer_parameter("betas")
+        return float(first), float(second)
+
+    @property
+    def eps(self) -> float:
+        return float(self._optimizer_parameter("eps"))
+
+    @property
+    def weight_decay(self) -> float:
+        return float(self._optimizer_parameter("weight_decay"))
+
+    def ds_config(self, *, micro_batch: int, accumulation: int, ranks: int) -> dict[str, Any]:
+        """The whole dict for `deepspeed.initialize(config=...)`, a new copy at each call.
+
+        Our section "gpt2ds" stays in (DeepSpeed ignores it), so that the dict, written to a file, is a profile again.
+        """
+        assert min(micro_batch, accumulation, ranks) >= 1, "the plan has resolved the batch to numbers of 1 or more"
+        return copy.deepcopy(self.settings) | {
+            "train_batch_size": micro_batch * accumulation * ranks,
+            "train_micro_batch_size_per_gpu": micro_batch,
+            "gradient_accumulation_steps": accumulation,
+        }
+
+    def notes(self) -> list[str]:
+        """What was added to the JSON or will not act, a sentence each, for the log."""
+        return list(self.completions)
+
+    def _number(self, key: str) -> int | None:
+        value = self.settings.get(key)
+        return value if isinstance(value, int) else None
+
+    def _optimizer_parameter(self, key: str) -> Any:
+        return section(self.settings, "optimizer.params").get(key)
+
+
+def shipped_profiles() -> list[Path]:
+    """The JSON files that come with gpt2ds: beside the package in a clone, under share/ in an installation."""
+    for folder in (Path(__file__).parents[1] / "ds_configs", Path(sys.prefix) / "share" / "gpt2ds" / "ds_configs"):
+        if found := sorted(folder.glob("*.json")):
+            return found
+    return []
+
+
+def load_profile(path: Path | str) -> DsProfile:
+    """Read, check and complete a profile; a bare name such as "zero2" means the shipped one where no such file exists.
+
+    Raises UserError with every mistake of the file, a line each.
+    """
+    path = _located(Path(path))
+    raw = _read(path)
+    settings, problems = check_keys(raw)
+    own, own_problems = _own_section(settings.get("gpt2ds", {}))
+    problems += own_problems
+    problems += combination_problems(settings, broken=[problem.partition(":")[0] for problem in problems])
+    if problems:
+        # Half a surrogate pair, which JSON can spell, would stop the terminal from printing the rest.
+        raise UserError.from_list(
+            [f"{path}: {problem}".encode(errors="backslashreplace").decode() for problem in problems]
+        )
+    completions = complete(settings)
+    recompute = "full" if "activation_checkpointing" in settings else "none"
+    return DsProfile(
+        name=path.stem,
+        path=path,
+        raw=raw,
+        settings=settings,
+        description=own.get("description", ""),
+        use_when=own.get("use_when", ""),
+        recompute=own.get("recompute", recompute),
+        loss_chunk=own.get("loss_chunk"),
+        completions=tuple(completions),
+    )
+
+
+def _located(path: Path) -> Path:
+    try:
+        if path.is_file():
+            return path
+        folder = path.is_dir()
+    except (OSError, ValueError) as error:
+        raise UserError(f"the DeepSpeed profile {str(path)!r} cannot be read: {error}") from error
+    shipped = {profile.stem: profile for profile in shipped_profiles()}
+    bare = path.name.removesuffix(".json")
+    if bare in shipped and path.parent == Path():
+        return shipped[bare]
+    near = difflib.get_close_matches(bare, shipped, n=1)
+    fix = f"did you mean {near[0]}?" if near else "give the path of a DeepSpeed JSON"
+    what = "is a folder" if folder else "does not exist"
+    raise UserError(f"the DeepSpeed profile {path} {what}: {fix} (shipped profiles: {', '.join(shipped) or 'none'})")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 (byte {error.start}): save it as UTF-8") from error
+    repeated: list[str] = []
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in items]
+        repeated.extend(sorted({name for name in names if names.count(name) > 1}))
+        return dict(items)
+
+    def constant(name: str) -> None:
+        raise UserError(f"{path}: {name} is not JSON: write a number")
+
+    try:
+        data = json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: {_syntax(text, error)}") from error
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not a DeepSpeed JSON: {error}") from error
+    if repeated:
+        raise UserError.from_list(
+            [f"{path}: the key {json.dumps(name)} stands twice in one section" for name in repeated]
+        )
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: must hold one JSON object in braces, not {type(data).__name__}")
+    return data
+
+
+def _syntax(text: str, error: json.JSONDecodeError) -> str:
+    lines = text.splitlines() or [""]
+    line = lines[error.lineno - 1] if error.lineno <= len(lines) else ""
+    before = text[: error.pos].rstrip()
+    hint = ""
+    if before.endswith(",") and text[error.pos : error.pos + 1] in ("}", "]", '"', "") and "delimiter" not in error.msg:
+        hint = ": the comma before it is one too many"
+    elif text[error.pos : error.pos + 1] in ("/", "#"):
+        hint = ': JSON has no comments, "gpt2ds": {"description": ...} takes words'
+    elif text[error.pos : error.pos + 1] == "'":
+        hint = ": JSON takes double quotes only"
+    elif text[error.pos : error.pos + 4] in ("True", "Fals", "None"):
+        hint = ": write true, false or null in lower case"
+    elif "Expecting ',' delimiter" in error.msg:
+        hint = ": a comma is missing before it"
+    return (
+        f"is not JSON at line {error.lineno}, column {error.colno}{hint or ': ' + error.msg}\n    {line.strip()[:120]}"
+    )
+
+
+def _own_section(given: Any) -> tuple[dict[str, Any], list[str]]:
+    """Our section of the JSON, checked by pydantic; imported here because pydantic costs more than all the rest."""
+    if given == {}:
+        return {}, []
+    from typing import Literal
+
+    from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+    class Own(BaseModel):
+        model_config = ConfigDict(extra="forbid", strict=True)
+        description: str = ""
+        use_when: str = ""
+        recompute: Literal["none", "full"] = "none"
+        loss_chunk: int | None = Field(None, ge=1)
+
+    try:
+        return Own.model_validate(given).model_dump(exclude_unset=True), []
+    except ValidationError as error:
+        return {}, [_own_problem(item, list(Own.model_fields)) for item in error.errors()]
+
+
+def _own_problem(item: Any, keys: list[str]) -> str:
+    path = ".".join(["gpt2ds", *(str(part) for part in item["loc"])])
+    if path == "gpt2ds":
+        return f"{path}: must be a section in braces"
+    if item["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(item["loc"][-1]), keys, n=1)
+        return f"{path}: no such key: " + (f"did you mean {near[0]}?" if near else f"it takes {', '.join(keys)}")
+    if item["loc"] == ("loss_chunk",):
+        return f"{path}: must be a number of tokens, 1 or more"
+    return f"{path}: {item['msg'][0].lower()}{item['msg'][1:]}"
