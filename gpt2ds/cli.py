@@ -1,6 +1,7 @@
 """The command line: reads options, calls one function, prints what came back.
 
-Also the script that DeepSpeed's launcher starts on every rank: `deepspeed gpt2ds/cli.py train --ds ds_configs/zero2.json`.
+Also the script that DeepSpeed's launcher starts on every rank: `deepspeed gpt2ds/cli.py train --ds
+ds_configs/zero2.json`.
 """
 
 import sys
@@ -10,13 +11,15 @@ if __package__ in (None, ""):
     # Started as a script: Python has put this folder first on the path, where our modules could pass for others.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import inspect
 import os
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
 
 import typer
 
 from gpt2ds import __version__
 from gpt2ds.errors import UserError
+from gpt2ds.options import DEFAULTS, WHAT, TrainOptions
 
 if TYPE_CHECKING:
     from gpt2ds.plan import Plan
@@ -60,48 +63,16 @@ def options_for_all(
         raise typer.Exit
 
 
-@app.command()
-def train(
-    ds: Annotated[Optional[str], typer.Option(metavar="JSON", help="DeepSpeed profile: a file, or the name of a shipped one. [default: zero2.json]", rich_help_panel="What to train")] = None,
-    model: Annotated[Optional[str], typer.Option(help="gpt2_tiny, gpt2_small, gpt2_medium, gpt2_large or gpt2_xl. [default: the largest predicted to fit; gpt2_tiny on a CPU]", rich_help_panel="What to train")] = None,
-    models_file: Annotated[Optional[Path], typer.Option(metavar="YAML", help="Sizes of your own, under a section 'models:'.", rich_help_panel="What to train")] = None,
-    data: Annotated[Optional[Path], typer.Option(metavar="FOLDER", help="What `gpt2ds prepare` wrote, or llm.c or nanoGPT shards. [default: the embedded text]", rich_help_panel="What to train")] = None,
-    run: Annotated[Optional[str], typer.Option(metavar="NAME", help="Name of the run folder. [default: date and time]", rich_help_panel="What to train")] = None,
-    logs: Annotated[Path, typer.Option(metavar="FOLDER", help="Where run folders are.", rich_help_panel="What to train")] = Path("logs"),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with --run, or with the newest run, from its newest complete checkpoint.", rich_help_panel="What to train")] = False,
-    gpus: Annotated[Optional[int], typer.Option(metavar="N", help="Start N ranks on this machine through the launcher (CPUs too). [default: 1]", rich_help_panel="What to train")] = None,
-    micro_batch: Annotated[Optional[int], typer.Option(metavar="N", help="Sequences per rank at a time. [default: the profile's]", rich_help_panel="Batch and memory")] = None,
-    accumulation: Annotated[Optional[int], typer.Option(metavar="N", help="Micro-batches per optimizer step. [default: the profile's]", rich_help_panel="Batch and memory")] = None,
-    context: Annotated[Optional[int], typer.Option(metavar="TOKENS", help="Tokens per sequence. [default: the model's]", rich_help_panel="Batch and memory")] = None,
-    recompute: Annotated[Optional[str], typer.Option(metavar="POLICY", help="Activation checkpointing: none or full. [default: the profile's]", rich_help_panel="Batch and memory")] = None,
-    gpu_memory: Annotated[Optional[float], typer.Option(metavar="GB", help="Train as if on a card of so many GB: 24 caps torch at 23,700 MiB.", rich_help_panel="Batch and memory")] = None,
-    steps: Annotated[Optional[int], typer.Option(metavar="N", help="End after N optimizer steps. [default: one pass over the text]", rich_help_panel="How long and how fast")] = None,
-    tokens: Annotated[Optional[int], typer.Option(metavar="N", help="End after N tokens.", rich_help_panel="How long and how fast")] = None,
-    hours: Annotated[Optional[float], typer.Option(metavar="H", help="End after H hours; the schedule is fitted to the measured speed.", rich_help_panel="How long and how fast")] = None,
-    schedule: Annotated[Optional[str], typer.Option(metavar="KIND", help="cosine, wsd (warm-up, stable, decay) or constant, all with warm-up. [default: cosine]", rich_help_panel="How long and how fast")] = None,
-    lr: Annotated[Optional[float], typer.Option(metavar="RATE", help="Peak learning rate. [default: by model size]", rich_help_panel="How long and how fast")] = None,
-    warmup_steps: Annotated[Optional[int], typer.Option(metavar="N", help="Steps of linear warm-up. [default: 5% of the steps, at most 700]", rich_help_panel="How long and how fast")] = None,
-    evaluate_every: Annotated[Optional[int], typer.Option(metavar="STEPS", help="Steps between evaluations. [default: 20 over the run]", rich_help_panel="Evaluation and checkpoints")] = None,
-    evaluation_windows: Annotated[Optional[int], typer.Option(metavar="N", help="Validation windows looked at. [default: 256; 64 on a CPU]", rich_help_panel="Evaluation and checkpoints")] = None,
-    evaluation_micro_batch: Annotated[Optional[int], typer.Option(metavar="N", help="Validation windows at a time. [default: 8]", rich_help_panel="Evaluation and checkpoints")] = None,
-    sample_prompt: Annotated[Optional[str], typer.Option(metavar="TEXT", help="Continued at every evaluation. [default: Fruits are good for you because]", rich_help_panel="Evaluation and checkpoints")] = None,
-    sample_tokens: Annotated[Optional[int], typer.Option(metavar="N", help="Tokens of each sample. [default: 48]", rich_help_panel="Evaluation and checkpoints")] = None,
-    save_every: Annotated[Optional[int], typer.Option(metavar="STEPS", help="Steps between checkpoints, instead of minutes.", rich_help_panel="Evaluation and checkpoints")] = None,
-    save_minutes: Annotated[Optional[float], typer.Option(metavar="MIN", help="Minutes between checkpoints. [default: 30]", rich_help_panel="Evaluation and checkpoints")] = None,
-    keep: Annotated[Optional[int], typer.Option(metavar="N", help="Checkpoints kept. [default: 2]", rich_help_panel="Evaluation and checkpoints")] = None,
-    seed: Annotated[Optional[int], typer.Option(metavar="N", help="Of weights, data order and dropout. [default: 1337]", rich_help_panel="Evaluation and checkpoints")] = None,
-) -> None:  # fmt: skip
+def train(gpus: int | None, **given: Any) -> None:
     """Train a GPT-2; writes the run folder with metrics, checkpoints, plots and the training log.
 
     Alone (one rank), with --gpus N, or under a launcher: deepspeed gpt2ds/cli.py train --ds ds_configs/zero2.json
     """
-    given = {name: value for name, value in locals().items() if name != "gpus"}
     from gpt2ds import launcher
-    from gpt2ds.options import TrainOptions
 
     if gpus is not None and not launcher.under_launcher():
         raise SystemExit(launcher.launch(gpus, _without_option(sys.argv[1:], "--gpus")))
-    from gpt2ds.plan import resolve
+    from gpt2ds.planning import resolve
 
     plan = resolve(TrainOptions(**given), ranks=int(os.environ.get("WORLD_SIZE", "1")))
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -117,6 +88,34 @@ def train(
         if not outcome.completed:
             print(f"Resume with: gpt2ds train --run {outcome.folder.name} --resume")
     raise SystemExit(1 if outcome.failed else 0)
+
+
+def _train_signature() -> inspect.Signature:
+    """The options of `train`: --gpus, and every field of TrainOptions with the help that stands beside it."""
+    about_gpus = typer.Option(
+        metavar="N", help="Start N ranks on this machine through the launcher. Default: 1.", rich_help_panel=WHAT
+    )
+    annotations: dict[str, Any] = {"gpus": Annotated[int | None, about_gpus]}
+    defaults: dict[str, Any] = {"gpus": None}
+    for name, kind in get_type_hints(TrainOptions).items():
+        field = TrainOptions.__dataclass_fields__[name]
+        metadata = field.metadata
+        stated = f" Default: {DEFAULTS[name][0]}." if name in DEFAULTS else ""
+        flag = f"--{name.replace('_', '-')}"
+        about = typer.Option(
+            flag, metavar=metadata["metavar"], help=metadata["help"] + stated, rich_help_panel=metadata["panel"]
+        )
+        annotations[name], defaults[name] = Annotated[kind, about], field.default
+    parameters = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=annotation)
+        for name, annotation in annotations.items()
+    ]
+    train.__annotations__ = annotations
+    return inspect.Signature(parameters)
+
+
+train.__signature__ = _train_signature()  # type: ignore[attr-defined]
+app.command()(train)
 
 
 def _recorder(plan: "Plan") -> "Recorder":
@@ -137,17 +136,30 @@ def _without_option(arguments: list[str], name: str) -> list[str]:
 
 @app.command()
 def prepare(
-    text: Annotated[Optional[list[str]], typer.Argument(metavar="TEXT...", help="Text files, folders or globs. [default: the embedded text]")] = None,
-    out: Annotated[Optional[Path], typer.Option(metavar="FOLDER", help="Where the shards go. [default: data/embedded for the embedded text]")] = None,
-    end_of_text: Annotated[str, typer.Option(help="<|endoftext|> in the text: boundary (ends a document), text, or refuse.")] = "boundary",
-    separator: Annotated[Optional[str], typer.Option(help="Text between documents; \\n is a line end. [default: a file is a document]")] = None,
+    text: Annotated[
+        list[str] | None, typer.Argument(metavar="TEXT...", help="Files, folders, globs. Default: the embedded text.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the shards go.")] = None,
+    end_of_text: Annotated[
+        str, typer.Option(metavar="POLICY", help="<|endoftext|> in the text: boundary of documents, text, or refuse.")
+    ] = "boundary",
+    separator: Annotated[
+        str | None, typer.Option(help="Text between documents, \\n for a line end. Default: a file is a document.")
+    ] = None,
     encoding: Annotated[str, typer.Option(help="Of the text files.")] = "utf-8",
-    validation: Annotated[float, typer.Option(help="Share of the text kept for validation, in whole documents.")] = 0.01,
-    packages: Annotated[str, typer.Option(help="For the embedded text, more documentation: torch, numpy, sympy, networkx, deepspeed; comma-separated.")] = "",
-    processes: Annotated[Optional[int], typer.Option(help="[default: one per core]")] = None,
+    validation: Annotated[
+        float, typer.Option(metavar="SHARE", help="Share of the text kept for validation, in whole documents.")
+    ] = 0.01,
+    packages: Annotated[
+        str,
+        typer.Option(
+            metavar="NAMES", help="More embedded text: torch, numpy, sympy, networkx, deepspeed (with commas)."
+        ),
+    ] = "",
+    processes: Annotated[int | None, typer.Option(metavar="N", help="Default: one per core.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
-    seed: Annotated[int, typer.Option(help="Chooses the validation documents.")] = 1337,
-) -> None:  # fmt: skip
+    seed: Annotated[int, typer.Option(metavar="N", help="Chooses the validation documents.")] = 1337,
+) -> None:
     """Turn text into token shards: parallel, resumable, byte-identical however many processes."""
     from gpt2ds.corpus.embedded import prepare_embedded
     from gpt2ds.corpus.prepare import PrepareOptions
@@ -200,10 +212,12 @@ def generate(
 @app.command()
 def evaluate(
     run: RunArgument,
-    data: Annotated[Optional[Path], typer.Option(metavar="FOLDER", help="[default: the run's own validation text]")] = None,
-    windows: Annotated[Optional[int], typer.Option(help="Windows looked at, evenly spread. [default: all]")] = None,
-    micro_batch: Annotated[int, typer.Option(help="Windows at a time.")] = 8,
-) -> None:  # fmt: skip
+    data: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Default: the run's own validation text.")] = None,
+    windows: Annotated[
+        int | None, typer.Option(metavar="N", help="Windows looked at, evenly spread. Default: all.")
+    ] = None,
+    micro_batch: Annotated[int, typer.Option(metavar="N", help="Windows at a time.")] = 8,
+) -> None:
     """Validation loss and perplexity of a run's newest checkpoint, over the whole validation text."""
     from gpt2ds.training.inference import validation_loss
 
@@ -232,7 +246,8 @@ def profiles() -> None:
 
     table = Table("profile", "ZeRO", "dtype", "offload", "recompute", "micro-batch × accumulation", "what it is for")
     for profile in map(load_profile, shipped_profiles()):
-        offloaded = [name for name, to in (("optimizer", profile.offload_optimizer), ("parameters", profile.offload_param)) if to]
+        places = {"optimizer": profile.offload_optimizer, "parameters": profile.offload_param}
+        offloaded = [name for name, place in places.items() if place]
         table.add_row(
             profile.name,
             str(profile.zero_stage),

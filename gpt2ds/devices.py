@@ -10,7 +10,8 @@ from typing import Any
 MIB = 2**20
 
 # Dense peak rates in TFLOP/s with fp32 accumulation, as NVIDIA's data sheets and architecture white papers give them
-# (16-bit tensor cores without sparsity; fp32 without TF32). The longest name that the device's own name contains counts.
+# (16-bit tensor cores without sparsity; fp32 without TF32). The longest name that the device's own name contains
+# counts.
 PEAK_TFLOPS: dict[str, tuple[float, float]] = {
     # name: (16 bit, fp32)
     "GeForce RTX 3080": (59.5, 29.8),
@@ -90,7 +91,9 @@ def this_machine() -> Machine:
 
 
 def torch_has_cuda() -> bool:
-    """Whether the installed torch was built with CUDA, read from its version file: importing torch takes over a second."""
+    """Whether the installed torch was built with CUDA, read from its version file: importing torch takes over a
+    second.
+    """
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return False
@@ -102,7 +105,9 @@ def torch_has_cuda() -> bool:
 
 
 def peak_flops(device_name: str, dtype: str) -> float | None:
-    """The device's dense peak rate in FLOP/s for `fp32` or a 16-bit dtype; None for a device that the table does not know."""
+    """The device's dense peak rate in FLOP/s for `fp32` or a 16-bit dtype; None for a device that the table does not
+    know.
+    """
     words = f" {device_name} "
     known = [name for name in PEAK_TFLOPS if f" {name} " in words.replace("-", " ") or f" {name}-" in words]
     if not known:

@@ -1,22 +1,26 @@
 """What a user can ask of a training run, and the defaults with their reasons. A value of None was not asked for."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-# Peak learning rates by number of parameters. From small to xl: Brown et al. 2020 (arXiv 2005.14165), table 2.1, models of
-# 125M, 350M, 760M and 1.3B, all at about 0.5M tokens a step. tiny: the best of a sweep on the novels at 4k tokens a step.
+# Peak learning rates by number of parameters. From small to xl: Brown et al. 2020 (arXiv 2005.14165), table 2.1, models
+# of 125M, 350M, 760M and 1.3B, all at about 0.5M tokens a step. tiny: the best of a sweep on the novels at 4k tokens a
+# step.
 PEAK_LR = {7e6: 2e-3, 124e6: 6e-4, 355e6: 3e-4, 774e6: 2.5e-4, 1558e6: 2e-4}
 
 DEFAULTS: dict[str, tuple[Any, str]] = {
     # name: (value, reason)
-    "ds": ("zero2.json", "ZeRO-2 in bf16 with fp32 gradient accumulation: the states of one card shared by all, no extra traffic"),
-    "schedule": ("cosine", "linear warm-up, then half a cosine (GPT-3); wsd when the end is not known, constant to compare"),
+    "ds": (
+        "zero2.json",
+        "bf16, fp32 gradient accumulation, and the states of one card shared by all at no extra traffic",
+    ),
+    "schedule": ("cosine", "linear warm-up, then half a cosine (GPT-3); wsd when the end is open, constant to compare"),
     "warmup_fraction": (0.05, "of the steps, at most 700: GPT-3 warmed up over 375M tokens, about 700 steps of 0.5M"),
     "min_lr_ratio": (0.1, "the schedule ends at a tenth of the peak (GPT-3)"),
     "decay_fraction": (0.2, "of the steps, for warm-up-stable-decay (arXiv 2405.18392 found 10 to 20% enough)"),
     "evaluations": (20, "validation so many times over a run, at most every 500 steps, and at its start and end"),
-    "evaluation_windows": (256, "windows of context + 1 tokens spread evenly over the validation text, always the same (64 on a CPU)"),
+    "evaluation_windows": (256, "windows spread evenly over the validation text, always the same ones (64 on a CPU)"),
     "evaluation_micro_batch": (8, "without a backward pass 8 windows need less than one window of training"),
     "save_minutes": (30.0, "minutes between checkpoints: what a power cut can cost at most"),
     "keep": (2, "checkpoints kept: one more than needed, should the newest be damaged"),
@@ -26,37 +30,65 @@ DEFAULTS: dict[str, tuple[Any, str]] = {
 }
 
 
+WHAT = "What to train"
+BATCH = "Batch and memory"
+LENGTH = "How long and how fast"
+CARE = "Evaluation and checkpoints"
+
+
+def option(panel: str, metavar: str, text: str) -> Any:
+    """A field of TrainOptions that is also an option of `gpt2ds train`, with what `--help` says of it."""
+    return field(default=None, metadata={"panel": panel, "metavar": metavar, "help": text})
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainOptions:
     """The options of `gpt2ds train`; None means: take the default, or what the profile says."""
 
-    ds: str | None = None
-    model: str | None = None
-    models_file: Path | None = None
-    data: Path | None = None
-    run: str | None = None
-    logs: Path = Path("logs")
-    resume: bool = False
-    micro_batch: int | None = None
-    accumulation: int | None = None
-    context: int | None = None
-    recompute: str | None = None
-    steps: int | None = None
-    tokens: int | None = None
-    hours: float | None = None
-    schedule: str | None = None
-    lr: float | None = None
-    warmup_steps: int | None = None
-    evaluate_every: int | None = None
-    evaluation_windows: int | None = None
-    evaluation_micro_batch: int | None = None
-    save_every: int | None = None
-    save_minutes: float | None = None
-    keep: int | None = None
-    sample_prompt: str | None = None
-    sample_tokens: int | None = None
-    seed: int | None = None
-    gpu_memory: float | None = None
+    ds: str | None = option(WHAT, "JSON", "DeepSpeed profile: a file, or the name of a shipped one.")
+    model: str | None = option(
+        WHAT,
+        "NAME",
+        "gpt2_tiny, _small, _medium, _large or _xl. Default: the largest predicted to fit; tiny on a CPU.",
+    )
+    models_file: Path | None = option(WHAT, "YAML", "Sizes of your own, under a section 'models:'.")
+    data: Path | None = option(
+        WHAT, "FOLDER", "What `gpt2ds prepare` wrote, or llm.c or nanoGPT shards. Default: the embedded text."
+    )
+    run: str | None = option(WHAT, "NAME", "Name of the run folder. Default: date and time.")
+    logs: Path = field(
+        default=Path("logs"), metadata={"panel": WHAT, "metavar": "FOLDER", "help": "Where run folders are."}
+    )
+    resume: bool = field(
+        default=False,
+        metadata={
+            "panel": WHAT,
+            "metavar": None,
+            "help": "Go on with --run, or the newest run, from its newest checkpoint.",
+        },
+    )
+    micro_batch: int | None = option(BATCH, "N", "Sequences per rank at a time. Default: the profile's.")
+    accumulation: int | None = option(BATCH, "N", "Micro-batches per optimizer step. Default: the profile's.")
+    context: int | None = option(BATCH, "TOKENS", "Tokens per sequence. Default: the model's.")
+    recompute: str | None = option(BATCH, "POLICY", "Activation checkpointing: none or full. Default: the profile's.")
+    gpu_memory: float | None = option(
+        BATCH, "GB", "Train as if on a card of so many GB: 24 caps the allocator at 23,700 MiB."
+    )
+    steps: int | None = option(LENGTH, "N", "End after N optimizer steps. Default: one pass over the text.")
+    tokens: int | None = option(LENGTH, "N", "End after N tokens.")
+    hours: float | None = option(LENGTH, "H", "End after H hours; the schedule is fitted to the measured speed.")
+    schedule: str | None = option(LENGTH, "KIND", "cosine, wsd (warm-up, stable, decay) or constant.")
+    lr: float | None = option(LENGTH, "RATE", "Peak learning rate. Default: by model size.")
+    warmup_steps: int | None = option(LENGTH, "N", "Steps of linear warm-up. Default: 5% of the steps, at most 700.")
+    evaluate_every: int | None = option(CARE, "STEPS", "Steps between evaluations. Default: 20 over the run.")
+    evaluation_windows: int | None = option(CARE, "N", "Validation windows looked at.")
+    evaluation_micro_batch: int | None = option(CARE, "N", "Validation windows at a time.")
+    sample_prompt: str | None = option(CARE, "TEXT", "Continued at every evaluation.")
+    sample_tokens: int | None = option(CARE, "N", "Tokens of each sample.")
+    save_every: int | None = option(CARE, "STEPS", "Steps between checkpoints, instead of minutes.")
+    save_minutes: float | None = option(CARE, "MIN", "Minutes between checkpoints.")
+    keep: int | None = option(CARE, "N", "Checkpoints kept.")
+    seed: int | None = option(CARE, "N", "Of weights, data order and dropout.")
 
     def get(self, name: str) -> Any:
         """The value asked for, else the default."""

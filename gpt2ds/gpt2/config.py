@@ -1,4 +1,6 @@
-"""GPT-2's sizes by name, and the counts that follow from a size. No torch: the plan and the memory formula need this in milliseconds."""
+"""GPT-2's sizes by name, and the counts that follow from a size. No torch: the plan and the memory formula need this in
+milliseconds.
+"""
 
 import json
 from dataclasses import asdict, dataclass, fields, replace
@@ -26,7 +28,9 @@ class GPT2Config:
     drop_rate: float = 0.0
     """Dropout probability on the embeddings, the attention weights and each block's two outputs."""
     qkv_bias: bool = False
-    """Whether query, key and value projections have a bias. OpenAI's weights have one; training from scratch does not need it."""
+    """Whether query, key and value projections have a bias. OpenAI's weights have one; training from scratch does not
+    need it.
+    """
 
     def problems(self) -> list[str]:
         """What is wrong with this size, a sentence each; empty when nothing is."""
@@ -77,7 +81,8 @@ class GPT2Config:
 MODELS: dict[str, GPT2Config] = {
     config.name: config
     for config in (
-        # A size of ours for machines without a GPU: four fifths of its work is the head, so deeper would cost little more.
+        # A size of ours for machines without a GPU: four fifths of its work is the head, so deeper would cost little
+        # more.
         GPT2Config(name="gpt2_tiny", emb_dim=128, n_heads=4, n_layers=4, context_length=256),
         GPT2Config(name="gpt2_small", emb_dim=768, n_heads=12, n_layers=12),
         GPT2Config(name="gpt2_medium", emb_dim=1024, n_heads=16, n_layers=24),

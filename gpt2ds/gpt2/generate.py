@@ -20,8 +20,9 @@ def sample_tokens(
 ) -> Iterator[int]:
     """Yields up to `tokens` token ids that continue `prompt`; stops after `stop_at`, if that id comes up.
 
-    last_logits: maps ids (1, T) to logits (1, 1, V) of the next token. Under ZeRO-3 every rank must call this with the same
-    arguments and `stop_at=None`, since each forward gathers weights from all ranks; the same seed gives them the same ids.
+    last_logits: maps ids (1, T) to logits (1, 1, V) of the next token. Under ZeRO-3 every rank must call this with the
+    same arguments and `stop_at=None`, since each forward gathers weights from all ranks; the same seed gives them the
+    same ids.
     temperature: 0 always takes the likeliest token. context: at most so many last tokens are looked at.
     """
     assert prompt, "a prompt has at least one token"

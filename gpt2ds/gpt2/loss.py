@@ -23,7 +23,9 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk
     the same time; it changes memory and speed, not the result.
     """
     assert chunk > 0, chunk
-    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, targets, chunk, torch.is_grad_enabled())
+    loss: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, targets, chunk, torch.is_grad_enabled()
+    )
     return loss
 
 

@@ -16,8 +16,9 @@ from gpt2ds.gpt2.recompute import apply_block
 
 LAYER_NORM_EPSILON = 1e-5
 
-# GPT-2's initial standard deviations (OpenAI's gpt-2 source, src/model.py: wte, wpe, conv1d); the outputs that are added
-# to the residual stream are scaled down by sqrt(2L) (GPT-2 report, section 2.3), so that its variance does not grow with depth.
+# GPT-2's initial standard deviations (OpenAI's gpt-2 source, src/model.py: wte, wpe, conv1d); the outputs that are
+# added to the residual stream are scaled down by sqrt(2L) (GPT-2 report, section 2.3): its variance must not grow with
+# depth.
 TOKEN_STD = 0.02
 POSITION_STD = 0.01
 LINEAR_STD = 0.02
@@ -96,7 +97,7 @@ class GPT2(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.ln_f = nn.LayerNorm(config.emb_dim, eps=LAYER_NORM_EPSILON)
         for name, module in self.named_modules():
-            module.is_residual_output = name.endswith("c_proj")  # type: ignore[assignment]
+            module.is_residual_output = name.endswith("c_proj")
         # `apply`, not a walk over parameters(): under DeepSpeed's zero.Init parameters are empty outside `apply`, and a
         # walk would initialise nothing without a word.
         self.apply(self._initialise)
@@ -113,7 +114,7 @@ class GPT2(nn.Module):
     def hidden(self, ids: Tensor) -> Tensor:
         """The normalised last hidden states (B, T, d) of token ids (B, T); T at most context_length."""
         _, T = ids.shape
-        assert T <= self.config.context_length, (T, self.config.context_length)
+        assert self.config.context_length >= T, (T, self.config.context_length)
         x = self.wte(ids) + self.wpe(torch.arange(T, device=ids.device))  # (B, T, d)
         x = F.dropout(x, self.config.drop_rate, self.training)
         policy = self.recompute if self.training else "none"

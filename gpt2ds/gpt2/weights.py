@@ -18,7 +18,8 @@ _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "m
 
 
 def save_weights(path: Path, config: GPT2Config, state: Mapping[str, Tensor]) -> None:
-    """Writes the weights, and the size they belong to in the file's own header, so that `load_model` needs no other file.
+    """Writes the weights, and the size they belong to in the file's own header, so that `load_model` needs no other
+    file.
 
     Written under another name first: a reader never sees half a file.
     """
@@ -84,7 +85,9 @@ def to_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The reverse: a state dict of transformers' GPT2LMHeadModel (or of OpenAI's weights in that form) under our names."""
+    """The reverse: a state dict of transformers' GPT2LMHeadModel (or of OpenAI's weights in that form) under our
+    names.
+    """
     out: dict[str, Tensor] = {}
     for full_name, tensor in state.items():
         name = full_name.removeprefix("transformer.")

@@ -1,11 +1,12 @@
-"""The closed form of a training run's memory on one GPU: every byte by name, and the phase in which they add up to the peak.
+"""The closed form of a training run's memory on one GPU: every byte by name, and the phase in which they add up to the
+peak.
 
-Units: bytes. d, L, H, V are the model's width, layers, heads and vocabulary; N = micro-batch x context tokens; s the bytes
-of a number in the compute dtype; P all parameters; W ranks. "facts" in a comment means DeepSpeed 0.19.8's own source:
-s12 = runtime/zero/stage_1_and_2.py, z3 = runtime/zero/stage3.py.
+Units: bytes. d, L, H, V are the model's width, layers, heads and vocabulary; N = micro-batch x context tokens; s the
+bytes of a number in the compute dtype; P all parameters; W ranks. "facts" in a comment means DeepSpeed 0.19.8's own
+source: s12 = runtime/zero/stage_1_and_2.py, z3 = runtime/zero/stage3.py.
 
-ZeRO-0, 1 and 2 follow the traced engine term by term. ZeRO-3 and offload are an upper estimate so far: live parameters are
-taken at their configured limit. No figure here was measured on a GPU yet.
+ZeRO-0, 1 and 2 follow the traced engine term by term. ZeRO-3 and offload are an upper estimate so far: live parameters
+are taken at their configured limit. No figure here was measured on a GPU yet.
 """
 
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ MIB = 2**20
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
-# cuBLAS takes a workspace through the caching allocator for each thread that multiplies: forward and autograd, 8.125 MiB
-# each on consumer cards plus 1 MiB of cuBLASLt (PyTorch, aten/src/ATen/cuda/CublasHandlePool.cpp). On H100 and H200 it is 66 MiB.
+# cuBLAS takes a workspace through the caching allocator for each thread that multiplies: forward and autograd, 8.125
+# MiB each on consumer cards plus 1 MiB of cuBLASLt (PyTorch, aten/src/ATen/cuda/CublasHandlePool.cpp). On H100 and H200
+# it is 66 MiB.
 CUBLAS_WORKSPACE_BYTES = 18 * MIB
 
 
@@ -108,7 +110,10 @@ def _gradients(setting: MemorySetting) -> tuple[float, float]:
         case 0:
             return (s * P, 0) if later else (0, s * P)
         case 1 if setting.dtype == "bf16" and a == 4:
-            return 4 * P, 0  # DeepSpeed's BF16_Optimizer: one fp32 buffer for all gradients (facts: bf16_optimizer.py:191)
+            return (
+                4 * P,
+                0,
+            )  # DeepSpeed's BF16_Optimizer: one fp32 buffer for all gradients (facts: bf16_optimizer.py:191)
         case 1 if not setting.offload_optimizer:
             return (s * P, 0) if later else (0, s * P)
         case 3:
@@ -148,7 +153,7 @@ def _forward_backward(setting: MemorySetting) -> dict[str, dict[str, float]]:
     bucket = 0.0
     if setting.zero_stage in (1, 2):
         # Allocated in full at the first gradient of every backward pass (facts: s12:3266).
-        bucket = s * setting.reduce_bucket_elements * (2 if setting.overlap_comm else 1)
+        bucket = float(s * setting.reduce_bucket_elements * (2 if setting.overlap_comm else 1))
     # From the last block to the first: activations go, gradients come.
     for block in range(L - 1, -1, -1):
         reduced = (L - 1 - block) * model.block_parameters
@@ -188,7 +193,7 @@ def _step(setting: MemorySetting) -> dict[str, dict[str, float]]:
     parts = _states(setting)
     norm = 8 * largest  # the norm is summed in fp64, one parameter at a time (facts: s12:2684)
     if stage == 0:
-        upcast = 4 * P if s == 2 else 0  # facts: unfused_optimizer.py
+        upcast = 4.0 * P if s == 2 else 0.0  # facts: unfused_optimizer.py
         return {"step": parts | {"gradients": s * P, "fp32 gradients for the step": upcast, "gradient norm": 0}}
     if stage == 3:
         tile = min(setting.sub_group_elements, share)
@@ -198,10 +203,10 @@ def _step(setting: MemorySetting) -> dict[str, dict[str, float]]:
     if a > s:
         return {"step": parts | {"gradients": a * share, "gradient norm": norm}}
     # Averaged gradients, their flat copy, and the copy in fp32 (facts: s12:3117).
-    upcast = 4 * share if s == 2 else 0
+    upcast = 4 * share if s == 2 else 0.0
     return {"step": parts | {"gradients": s * share, "step buffers": max(s * share + upcast, norm)}}
 
 
-def _largest_parameter(setting: MemorySetting) -> int:
+def _largest_parameter(setting: MemorySetting) -> float:
     model = setting.model
     return max(model.vocab_size * model.emb_dim, 4 * model.emb_dim**2)

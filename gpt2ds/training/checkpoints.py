@@ -1,8 +1,8 @@
 """Checkpoints that exist only when they are complete.
 
-A checkpoint is a folder `step-00001234` with DeepSpeed's files of every rank, `model.safetensors` for everything that is
-not training, and `manifest.json`, written last: names, sizes and digests of the other files, and where the run stood. A
-folder without a manifest that holds is no checkpoint, whatever else is in it.
+A checkpoint is a folder `step-00001234` with DeepSpeed's files of every rank, `model.safetensors` for everything that
+is not training, and `manifest.json`, written last: names, sizes and digests of the other files, and where the run
+stood. A folder without a manifest that holds is no checkpoint, whatever else is in it.
 """
 
 import hashlib
@@ -39,6 +39,8 @@ class Position:
     learning_rate: dict[str, Any]
     """The schedule as decided so far; under --hours its length is known only since some step."""
     evaluate_every: int | None
+    speed_measured: bool
+    """Under --hours: whether warm-up and evaluation interval were fitted to the speed already."""
 
 
 def save(engine: TrainingEngine, folder: Path, position: Position, keep: int) -> tuple[str, int, float]:
@@ -81,8 +83,8 @@ def save(engine: TrainingEngine, folder: Path, position: Position, keep: int) ->
 def load(engine: TrainingEngine, folder: Path, passed_over: Callable[[str], None]) -> tuple[str, Position]:
     """Puts every rank where the newest checkpoint that holds left off; returns (name, position).
 
-    passed_over: told of each newer checkpoint that is damaged, and why. Raises UserError when none holds, or when it was
-    written by another number of ranks or ZeRO stage.
+    passed_over: told of each newer checkpoint that is damaged, and why. Raises UserError when none holds, or when it
+    was written by another number of ranks or ZeRO stage.
     """
     found: tuple[str, dict[str, Any]] | None = None
     if engine.ranks.rank == 0:
@@ -90,7 +92,7 @@ def load(engine: TrainingEngine, folder: Path, passed_over: Callable[[str], None
     found = share(found)
     if found is None:
         raise UserError(
-            f"--resume found no complete checkpoint in {folder}: start a new run without --resume (the old folder stays)."
+            f"--resume found no complete checkpoint in {folder}: start a new run without --resume, under another --run."
         )
     name, manifest = found
     for what, then, now in (
@@ -98,7 +100,10 @@ def load(engine: TrainingEngine, folder: Path, passed_over: Callable[[str], None
         ("ZeRO stage", manifest["zero_stage"], engine.plan.profile.zero_stage),
     ):
         if then != now:
-            raise UserError(f"{folder / name} was saved with {what} {then}, this run has {what} {now}: resume it with {then}.")
+            raise UserError(
+                f"{folder / name} was saved with {what} {then}, this run has {what} {now}: "
+                f"resume it with {what} {then}."
+            )
     loaded, _ = engine.engine.load_checkpoint(str(folder), tag=name, load_lr_scheduler_states=False)
     assert loaded is not None, "a checkpoint whose manifest holds is one that DeepSpeed finds"
     position = Position(**manifest["position"])
@@ -152,7 +157,9 @@ def newest_weights(run: Path, passed_over: Callable[[str], None]) -> tuple[Path,
     """
     found = newest(run / "checkpoints", passed_over)
     if found is None:
-        raise UserError(f"{run} has no complete checkpoint: train it first (gpt2ds train --run {run.name}), or give another run.")
+        raise UserError(
+            f"{run} has no complete checkpoint: train it first (gpt2ds train --run {run.name}), or give another run."
+        )
     name, manifest = found
     return run / "checkpoints" / name / WEIGHTS, Position(**manifest["position"])
 

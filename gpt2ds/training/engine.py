@@ -8,7 +8,6 @@ import io
 import logging
 import os
 import socket
-import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -122,14 +121,22 @@ class TrainingEngine:
         import deepspeed
 
         torch.manual_seed(plan.options.get("seed"))
-        model = GPT2(plan.model, recompute=plan.recompute, loss_chunk=plan.profile.loss_chunk)
+        model = GPT2(plan.model, recompute=plan.recompute, loss_chunk=plan.loss_chunk)
         self.plan = plan
         self.ranks = ranks
         self.skipped_steps = 0
-        with contextlib.redirect_stdout(sys.stderr if not ranks.rank else io.StringIO()):
+        config = plan.ds_config()
+        # The learning rate is ours, step by step. Until the first step it must be 0: in 16 bits ZeRO-0 makes Adam's
+        # moments by a step on zero gradients (unfused_optimizer.py:425), which would decay the weights.
+        config["optimizer"]["params"]["lr"] = 0.0
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints as well as logs
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
-                model=model, model_parameters=parameter_groups(model, plan.profile.weight_decay), config=plan.ds_config()
+                model=model, model_parameters=parameter_groups(model, plan.profile.weight_decay), config=config
             )
+        if plan.profile.zero_stage == 0 and plan.profile.dtype != "fp32":
+            # That step must not count: Adam's bias correction would make the first real one a quarter smaller.
+            for state in self.optimizer.optimizer.state.values():
+                state["step"].zero_()
         # The only setting in which DeepSpeed itself steps on non-finite gradients (engine.py:3505).
         self.plain = plan.profile.zero_stage == 0 and plan.profile.dtype == "fp32"
         self.engine.train()
@@ -170,7 +177,8 @@ class TrainingEngine:
         gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         finite = torch.isfinite(norm)
-        # torch's fused optimizers leave everything as it is when this is 1; it is the mechanism of their gradient scaler.
+        # torch's fused optimizers leave everything as it is when this is 1; it is the mechanism of their gradient
+        # scaler.
         self.optimizer.found_inf = torch.where(finite, 0.0, 1.0).to(torch.float32)
         self.engine.step()
         taken = bool(finite)

@@ -27,7 +27,8 @@ class Evaluation:
         with engine.evaluating():
             for round_ in range(rounds):
                 index = round_ * ranks.world_size + ranks.rank
-                # Every rank runs every round: under ZeRO-3 a forward pass is a collective. The extra ones count nothing.
+                # Every rank runs every round: under ZeRO-3 a forward pass is a collective. The extra ones count
+                # nothing.
                 part = parts[min(index, len(parts) - 1)]
                 ids, targets = to_device(self.windows[part], ranks.device)
                 loss = engine.loss_of(ids, targets)

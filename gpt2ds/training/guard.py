@@ -1,4 +1,6 @@
-"""What can end a run early: signals, the clock, and steps that stay non-finite. Sets flags; the loop acts on them together."""
+"""What can end a run early: signals, the clock, and steps that stay non-finite. Sets flags; the loop acts on them
+together.
+"""
 
 import signal
 import time
@@ -13,8 +15,8 @@ NON_FINITE_STEPS_MOST = 25
 class StopSignals:
     """While active, SIGINT and SIGTERM only set a flag; a second SIGINT leaves at once.
 
-    The launcher signals its ranks one after the other, so a handler must not talk to other ranks: the loop exchanges the
-    flag at the next step and all ranks stop at the same one.
+    The launcher signals its ranks one after the other, so a handler must not talk to other ranks: the loop exchanges
+    the flag at the next step and all ranks stop at the same one.
     """
 
     def __init__(self) -> None:

@@ -19,6 +19,7 @@ import torch
 
 from gpt2ds import __version__
 from gpt2ds.corpus.batches import Batches, Windows
+from gpt2ds.options import DEFAULTS
 from gpt2ds.plan import Plan, evaluation_interval
 from gpt2ds.runlog.metrics import NullLog, Recorder, replace_file
 from gpt2ds.training import checkpoints
@@ -115,6 +116,7 @@ class _Run:
         self.saved_at_step = -1
         self.saved_at = time.monotonic()
         self.evaluated_at = -1
+        self.speed_measured = False
         self.evaluation_seconds = 0.0
 
     @property
@@ -124,7 +126,10 @@ class _Run:
 
     def totals(self) -> dict[str, Any]:
         """What the run has done so far, over all sessions."""
-        return {"tokens": self.step * self.plan.tokens_per_step, "elapsed_seconds": round(self.clock.elapsed_seconds, 3)}
+        return {
+            "tokens": self.step * self.plan.tokens_per_step,
+            "elapsed_seconds": round(self.clock.elapsed_seconds, 3),
+        }
 
     def go(self) -> tuple[str, bool, bool]:
         """Trains to the end; returns (reason, completed, failed)."""
@@ -143,12 +148,13 @@ class _Run:
         """Takes up an earlier session's state where there is one, and opens the log."""
         resumed_from = None
         passed_over: list[str] = []
-        if self.plan.resume_from:
+        if self.plan.resumed:
             resumed_from, position = checkpoints.load(self.engine, self.plan.folder / "checkpoints", passed_over.append)
             self.step = self.saved_at_step = self.evaluated_at = position.step
             self.clock = Clock(position.elapsed_seconds)
             self.rate = self._rate_after(LearningRate(**position.learning_rate))
             self.evaluate_every = self.plan.options.evaluate_every or position.evaluate_every
+            self.speed_measured = position.speed_measured
         self.recorder.record(
             "start",
             self.step,
@@ -177,7 +183,7 @@ class _Run:
             received, time_used, save_due = self.one_step()
             if not self.finiteness.saw(self.taken):
                 return f"failed: the gradient was not finite in {self.finiteness.in_a_row} steps in a row", False, True
-            self.estimate_end(time_used)
+            self.fit_to_time(time_used)
             if received:
                 return f"interrupted by {signal.Signals(received).name}", False, False
             if time_used >= 1.0:
@@ -189,7 +195,9 @@ class _Run:
         return "completed", True, False
 
     def one_step(self) -> tuple[int, float, bool]:
-        """One optimizer step; returns what all ranks agree on: (signal or 0, share of the time used, whether to save)."""
+        """One optimizer step; returns what all ranks agree on: (signal or 0, share of the time used, whether to
+        save).
+        """
         plan, engine, device = self.plan, self.engine, self.engine.ranks.device
         start = time.monotonic()
         lr = self.rate.at(self.step)
@@ -239,7 +247,9 @@ class _Run:
         )
         if not self.taken:
             culprits = [str(rank) for rank, row in enumerate(rows) if not math.isfinite(row[0])]
-            cause = f"the loss of rank {', '.join(culprits)} was not finite" if culprits else "a gradient was not finite"
+            cause = (
+                f"the loss of rank {', '.join(culprits)} was not finite" if culprits else "a gradient was not finite"
+            )
             self.recorder.record("incident", self.step, what=f"Step {self.step} was left out: {cause}.")
         received = int(max(row[1] for row in rows))
         return received, rows[0][4], rows[0][5] > 0
@@ -254,31 +264,43 @@ class _Run:
             return float(self.step % options.save_every == 0)
         return float(time.monotonic() - self.saved_at >= options.get("save_minutes") * 60)
 
-    def estimate_end(self, time_used: float) -> None:
-        """Under --hours: turns the time into a number of steps, once, the same on all ranks."""
+    def fit_to_time(self, time_used: float) -> None:
+        """Under --hours: turns the time into a number of steps, once, the same on all ranks.
+
+        Warm-up-stable-decay leaves its end open then, and decides it by the clock when the decay is due.
+        """
         schedule = self.plan.schedule
-        if schedule.hours is None or self.rate.total_steps is not None:
+        if schedule.hours is None or self.rate.total_steps is not None or len(self.step_seconds) < ESTIMATE_AFTER_STEPS:
             return
-        enough = ESTIMATE_AFTER_FRACTION if schedule.kind != "wsd" else 1 - schedule.decay_fraction
-        if time_used < enough or len(self.step_seconds) < ESTIMATE_AFTER_STEPS:
+        decay_due = schedule.kind == "wsd" and time_used >= 1 - schedule.decay_fraction
+        if not decay_due and (self.speed_measured or time_used < ESTIMATE_AFTER_FRACTION):
             return
-        left = schedule.hours * 3600 - self.clock.elapsed_seconds
-        # The first step warms caches up; evaluations take their share of what is left.
-        speed = statistics.median(self.step_seconds[1:])
-        evaluations = self.evaluation_seconds * 20 * left / (schedule.hours * 3600)
-        total = share(self.step + max(1, int((left - min(evaluations, left / 2)) / speed)))
-        if schedule.kind == "wsd":
-            self.rate = self.rate.decaying_from(self.step, total)
-            reason = f"the decay starts at {1 - schedule.decay_fraction:.0%} of {schedule.hours:g} hours"
-        else:
+        seconds, total = share(self._steps_in_time())
+        if not self.speed_measured:
+            self.speed_measured = True
+            self.evaluate_every = self.evaluate_every or evaluation_interval(total)
             if self.plan.options.warmup_steps is None:
                 self.rate = self.rate.with_default_warmup(total)
+        reason = f"{seconds:.3g} s a step leave room for so many in {schedule.hours:g} hours"
+        if decay_due:
+            self.rate = self.rate.decaying_from(self.step, total)
+            reason = f"the decay starts at {1 - schedule.decay_fraction:.0%} of {schedule.hours:g} hours"
+        elif schedule.kind != "wsd":
             self.rate = self.rate.ending_at(total, schedule.decay_fraction)
-            reason = f"{speed:.3g} s a step leave room for so many in {schedule.hours:g} hours"
-        self.evaluate_every = self.evaluate_every or evaluation_interval(total)
         self.recorder.record(
             "schedule", self.step, total_steps=total, warmup_steps=self.rate.warmup_steps, reason=reason
         )
+
+    def _steps_in_time(self) -> tuple[float, int]:
+        """(seconds of a step, number of the last step that still ends in time), as rank 0's clock has it."""
+        budget = (self.plan.schedule.hours or 0.0) * 3600
+        left = budget - self.clock.elapsed_seconds - self.evaluation_seconds  # one evaluation comes after the last step
+        seconds = statistics.median(self.step_seconds[1:])  # the first step warms caches up
+        if self.evaluate_every:
+            seconds += self.evaluation_seconds / self.evaluate_every
+        else:
+            left -= min(left / 2, left / budget * DEFAULTS["evaluations"][0] * self.evaluation_seconds)
+        return seconds, self.step + max(1, int(left / seconds))
 
     def evaluate(self) -> None:
         """Validation loss and a sample of text, by all ranks together."""
@@ -306,6 +328,7 @@ class _Run:
             skipped_steps=self.engine.skipped_steps,
             learning_rate=asdict(self.rate),
             evaluate_every=self.evaluate_every,
+            speed_measured=self.speed_measured,
         )
         name, size, seconds = checkpoints.save(
             self.engine, self.plan.folder / "checkpoints", position, self.plan.options.get("keep")

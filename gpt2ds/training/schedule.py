@@ -1,4 +1,6 @@
-"""The learning rate as a pure function of the step, so that it cannot drift when steps are skipped or a run is resumed."""
+"""The learning rate as a pure function of the step, so that it cannot drift when steps are skipped or a run is
+resumed.
+"""
 
 import math
 from dataclasses import dataclass, replace
@@ -49,7 +51,8 @@ class LearningRate:
         return replace(self, decay_start=step, total_steps=max(total_steps, step + 1))
 
     def at(self, step: int) -> float:
-        """The learning rate of step 0, 1, 2, ...: linear warm-up that reaches the peak at `warmup_steps`, then the course.
+        """The learning rate of step 0, 1, 2, ...: linear warm-up that reaches the peak at `warmup_steps`, then the
+        course.
 
         cosine: half a cosine from the peak to min_lr_ratio of it at total_steps. wsd: the peak until decay_start, then
         linearly down to min_lr_ratio of it. constant: the peak.

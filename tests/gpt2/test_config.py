@@ -50,5 +50,7 @@ def test_all_mistakes_of_a_models_file_in_one_error(tmp_path: Path) -> None:
 
 def test_json_is_read_as_well(tmp_path: Path) -> None:
     path = tmp_path / "models.json"
-    path.write_text('{"models": {"a": {"emb_dim": 8, "n_heads": 2, "n_layers": 1, "qkv_bias": true}}}', encoding="utf-8")
+    path.write_text(
+        '{"models": {"a": {"emb_dim": 8, "n_heads": 2, "n_layers": 1, "qkv_bias": true}}}', encoding="utf-8"
+    )
     assert read_models(path)["a"].qkv_bias

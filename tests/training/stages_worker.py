@@ -1,4 +1,5 @@
-"""One of two ranks: trains the small model at every ZeRO stage in fp32 and bf16, and puts a NaN into one rank's data path.
+"""One of two ranks: trains the small model at every ZeRO stage in fp32 and bf16, and puts a NaN into one rank's data
+path.
 
 Prints a JSON object of results on rank 0. Arguments: folder of profiles, models file, corpus.
 """
@@ -12,7 +13,8 @@ import torch
 from gpt2ds.corpus.batches import Batches, Windows
 from gpt2ds.gpt2.model import GPT2
 from gpt2ds.options import TrainOptions
-from gpt2ds.plan import Plan, resolve
+from gpt2ds.plan import Plan
+from gpt2ds.planning import resolve
 from gpt2ds.training.engine import TrainingEngine, parameter_groups, start_ranks, stop_ranks
 from gpt2ds.training.evaluation import Evaluation, sample_text, to_device
 

@@ -1,0 +1,417 @@
+"""From what the user asked for to a Plan: everything decided and checked before torch or DeepSpeed is touched.
+
+All mistakes that can be seen now are found now, in profile, devices, data, batch arithmetic, disk and run folder, and
+stand in one error.
+"""
+
+import difflib
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from gpt2ds.corpus.shards import Corpus, check_ids, open_corpus
+from gpt2ds.devices import Machine, card_bytes, this_machine
+from gpt2ds.ds_profile import DsProfile, load_profile
+from gpt2ds.errors import UserError
+from gpt2ds.gpt2.config import MODELS, GPT2Config, find_model, with_context
+from gpt2ds.memory.fit import fits, largest_micro_batch, largest_model
+from gpt2ds.memory.formula import DTYPE_BYTES, Estimate, MemorySetting, predict
+from gpt2ds.options import DEFAULTS, PEAK_LR, TrainOptions
+from gpt2ds.plan import Plan, Schedule, count_windows, evaluation_interval, warmup_steps
+
+GIB = 2**30
+
+EMBEDDED_TEXT = Path("data/embedded")
+
+# Tokens whose logits exist at the same time, where the profile names none: on a CPU so few that they stay in its cache
+# (measured on an AMD EPYC: 128 is a fifth faster than 1,024), on a GPU enough to keep it busy.
+LOSS_CHUNK = {"cpu": 128, "cuda": 1024}
+
+T = TypeVar("T")
+
+
+def resolve(options: TrainOptions, *, ranks: int, machine: Machine | None = None) -> Plan:
+    """Everything about a run decided and checked. Touches no GPU and imports no torch.
+
+    ranks: processes of the run (WORLD_SIZE). Raises UserError with every mistake found, a line each.
+    """
+    machine = machine or this_machine()
+    # A resumed run takes from its earlier session what was not asked for now, so this comes before everything else.
+    folder, options, resumed = _run_folder(options)
+    return _Planner(options, machine, ranks).plan(folder, resumed)
+
+
+class _Planner:
+    """One resolution: what was asked, what is decided so far, and the problems and notes on the way."""
+
+    def __init__(self, options: TrainOptions, machine: Machine, ranks: int) -> None:
+        self.options = options
+        self.machine = machine
+        self.ranks = ranks
+        self.notes: list[str] = []
+        self.problems: list[str] = []
+
+    def plan(self, folder: Path, resumed: bool) -> Plan:
+        self.check_ranges()
+        profile = self.attempt(lambda: load_profile(Path(self.options.get("ds"))))
+        corpus = self.attempt(self.open_corpus)
+        named = self.options.model
+        model = self.attempt(lambda: find_model(named, self.options.models_file)) if named else None
+        if profile:
+            self.check_devices(profile)
+        self.stop_at_problems()
+        assert profile is not None and corpus is not None
+        self.profile, self.corpus = profile, corpus
+        self.notes += profile.notes()
+        self.device_bytes = self.usable_bytes()
+
+        model = model or self.default_model()
+        context = self.options.context or model.context_length
+        if context > model.context_length:
+            raise UserError(
+                f"--context {context} is longer than the {model.context_length} tokens that {model.name} can see; "
+                f"use at most {model.context_length}."
+            )
+        model = with_context(model, context)
+        micro_batch, accumulation = self.batch(model)
+        global_batch = micro_batch * accumulation * self.ranks
+        estimate = self.estimate(model, micro_batch, accumulation)
+        self.check_data(model, global_batch)
+        self.check_disk(folder, model)
+        self.stop_at_problems()
+        schedule = self.schedule(model, global_batch)
+        plan = Plan(
+            run=folder.name,
+            folder=folder,
+            # What was chosen by default is kept, so that a resumed run does not choose again.
+            options=replace(self.options, model=model.name, data=corpus.folder),
+            model=model,
+            profile=profile,
+            corpus=corpus,
+            machine=self.machine,
+            ranks=self.ranks,
+            micro_batch=micro_batch,
+            accumulation=accumulation,
+            context=context,
+            recompute=self.options.recompute or profile.recompute,
+            loss_chunk=profile.loss_chunk or LOSS_CHUNK[self.machine.kind],
+            schedule=schedule,
+            resumed=resumed,
+            evaluate_every=self.options.evaluate_every or evaluation_interval(schedule.total_steps),
+            device_bytes=self.device_bytes,
+            estimate=estimate,
+            notes=tuple(self.notes),
+        )
+        if resumed:
+            _check_same_run(plan)
+        return plan
+
+    def attempt(self, part: Callable[[], T]) -> T | None:
+        """The part's result, or None and its problem noted, so that the next part can be checked as well."""
+        try:
+            return part()
+        except UserError as error:
+            self.problems += [line.removeprefix("  - ") for line in str(error).splitlines()]
+            return None
+
+    def stop_at_problems(self) -> None:
+        """Raises UserError if there were any."""
+        if self.problems:
+            raise UserError.from_list(self.problems)
+
+    def check_ranges(self) -> None:
+        """Values of single options that make no sense."""
+        for name in (
+            *("micro_batch", "accumulation", "context", "steps", "tokens", "hours", "lr", "gpu_memory", "keep"),
+            *("evaluate_every", "evaluation_windows", "evaluation_micro_batch", "save_every", "save_minutes"),
+        ):
+            value = getattr(self.options, name)
+            if value is not None and not value > 0:
+                self.problems.append(f"--{name.replace('_', '-')} must be above 0, not {value}.")
+        if (self.options.warmup_steps or 0) < 0:
+            self.problems.append(f"--warmup-steps must be 0 or more, not {self.options.warmup_steps}.")
+        if sum(getattr(self.options, name) is not None for name in ("steps", "tokens", "hours")) > 1:
+            self.problems.append("--steps, --tokens and --hours each say where the run ends: give one of them.")
+        for name, value, allowed in (
+            ("schedule", self.options.get("schedule"), ("cosine", "constant", "wsd")),
+            ("recompute", self.options.recompute or "none", ("none", "full")),
+        ):
+            if value not in allowed:
+                near = difflib.get_close_matches(value, allowed, n=1)
+                hint = f"did you mean {near[0]}? " if near else ""
+                self.problems.append(f"--{name} {value}: {hint}It is one of {', '.join(allowed)}.")
+
+    def check_devices(self, profile: DsProfile) -> None:
+        """Whether this machine can run the profile on so many ranks."""
+        if profile.dtype == "fp16" and self.machine.kind == "cpu":
+            self.problems.append(
+                f"{profile.name} trains in fp16, which needs a CUDA GPU: take the bf16 profile of the same stage "
+                f"(zero{profile.zero_stage}.json), which also runs on a CPU."
+            )
+        here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or self.ranks)
+        gpus = len(self.machine.gpus)
+        if gpus and here > gpus:
+            self.problems.append(
+                f"{here} ranks on this machine but {gpus} GPU{'s' * (gpus > 1)}: start at most {gpus} "
+                f"(--num_gpus {gpus})."
+            )
+
+    def open_corpus(self) -> Corpus:
+        """The user's shards, or the embedded text, prepared if need be."""
+        if self.options.data is not None:
+            return open_corpus(self.options.data)
+        from gpt2ds.corpus.embedded import prepare_embedded
+
+        EMBEDDED_TEXT.parent.mkdir(parents=True, exist_ok=True)
+        with EMBEDDED_TEXT.with_suffix(".lock").open("w") as lock:
+            # Every rank plans; the first one prepares the text and the others find it done.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            corpus = prepare_embedded(EMBEDDED_TEXT)
+        self.notes.append(
+            f"No --data: training on the embedded text, the documentation on this machine "
+            f"({corpus.train_tokens:,} tokens, digest {corpus.digest[:12]}, which changes with the Python version)."
+        )
+        return corpus
+
+    def usable_bytes(self) -> int:
+        """What one rank's tensors may take: the smallest card's, or the smaller card's that the user wants to try."""
+        if not self.machine.gpus:
+            return self.machine.host_memory_bytes
+        usable = min(gpu.free_bytes for gpu in self.machine.gpus)
+        return min(usable, card_bytes(self.options.gpu_memory)) if self.options.gpu_memory else usable
+
+    def setting(self, model: GPT2Config, micro_batch: int, accumulation: int) -> MemorySetting:
+        """What the memory formula needs to know of this run."""
+        return memory_setting(
+            self.options, self.profile, model, ranks=self.ranks, micro_batch=micro_batch, accumulation=accumulation
+        )
+
+    def default_model(self) -> GPT2Config:
+        """The largest size predicted to fit at the profile's micro-batch; the tiny one on a CPU."""
+        if self.machine.kind == "cpu":
+            self.notes.append("No --model: gpt2_tiny, because there is no GPU here.")
+            return MODELS["gpt2_tiny"]
+        micro_batch = self.options.micro_batch or self.profile.micro_batch or 1
+        accumulation = self.options.accumulation or self.profile.accumulation or 1
+        best = largest_model(
+            MODELS.values(), lambda model: self.setting(model, micro_batch, accumulation), self.device_bytes
+        )
+        room = f"{self.device_bytes / GIB:.1f} GiB"
+        if best is None:
+            raise UserError(
+                f"No GPT-2 size fits into {room} with {self.profile.name} at micro-batch {micro_batch}: "
+                "give a smaller --micro-batch or another profile."
+            )
+        self.notes.append(
+            f"No --model: {best.name}, the largest GPT-2 that {self.profile.name} is predicted to fit into {room} "
+            f"at micro-batch {micro_batch}."
+        )
+        return best
+
+    def batch(self, model: GPT2Config) -> tuple[int, int]:
+        """(micro_batch, accumulation). A global batch that the profile fixes never changes."""
+        options, profile, ranks = self.options, self.profile, self.ranks
+        micro_batch = options.micro_batch or profile.micro_batch
+        accumulation = options.accumulation or profile.accumulation
+        total = None if options.micro_batch and options.accumulation else profile.global_batch
+        if total is None:
+            if micro_batch is None:
+                raise UserError(
+                    f"{profile.name} names neither train_micro_batch_size_per_gpu nor train_batch_size: "
+                    "add one, or give --micro-batch."
+                )
+            return micro_batch, accumulation or 1
+        if total % ranks:
+            near = [size for size in (total // ranks * ranks, (total // ranks + 1) * ranks) if size]
+            raise UserError(
+                f"train_batch_size {total} does not divide by {ranks} ranks; the nearest that do are "
+                f"{' and '.join(map(str, near))}."
+            )
+        per_rank = total // ranks
+        divisors = [size for size in range(1, per_rank + 1) if per_rank % size == 0]
+        if micro_batch is None:
+            most = per_rank
+            if self.machine.kind == "cuda":
+                most = largest_micro_batch(self.setting(model, 1, 2), self.device_bytes)
+            micro_batch = max(size for size in divisors if size <= max(1, most))
+            self.notes.append(
+                f"Micro-batch {micro_batch}: the largest predicted to fit that divides the {per_rank} sequences "
+                "of a rank."
+            )
+            return micro_batch, per_rank // micro_batch
+        if per_rank % micro_batch or (accumulation and micro_batch * accumulation != per_rank):
+            near = sorted(sorted(divisors, key=lambda size: abs(size - micro_batch))[:2])
+            raise UserError(
+                f"train_batch_size {total} is not micro-batch {micro_batch} x accumulation {accumulation or '?'} x "
+                f"{ranks} ranks; the nearest micro-batches are {', '.join(map(str, near))} "
+                f"with accumulation {', '.join(str(per_rank // size) for size in near)}."
+            )
+        return micro_batch, per_rank // micro_batch
+
+    def estimate(self, model: GPT2Config, micro_batch: int, accumulation: int) -> Estimate | None:
+        """The predicted memory on a GPU, with a note when it does not fit."""
+        if self.machine.kind == "cpu":
+            return None
+        setting = self.setting(model, micro_batch, accumulation)
+        estimate = predict(setting)
+        if not fits(estimate, self.device_bytes):
+            most = largest_micro_batch(setting, self.device_bytes)
+            advice = f"at most {most} is" if most else "not even 1 is; take a ZeRO-3 or an offload profile"
+            self.notes.append(
+                f"The predicted peak of {estimate.peak_bytes / GIB:.2f} GiB at micro-batch {micro_batch} is not "
+                f"expected to fit into {self.device_bytes / GIB:.2f} GiB: {advice}."
+            )
+        return estimate
+
+    def check_data(self, model: GPT2Config, global_batch: int) -> None:
+        """Whether the shards are of this model's vocabulary and hold a step's windows."""
+        corpus, context = self.corpus, model.context_length
+        if corpus.vocab_size > model.vocab_size:
+            self.problems.append(
+                f"{corpus.folder} holds tokens of a vocabulary of {corpus.vocab_size}, {model.name} has "
+                f"{model.vocab_size}: prepare the text again with `gpt2ds prepare`, or give the model that vocab_size."
+            )
+        else:
+            self.attempt(lambda: check_ids(corpus, model.vocab_size))
+        train, val = count_windows(corpus, "train", context), count_windows(corpus, "val", context)
+        if train < global_batch:
+            fix = f"a global batch of at most {train}" if train else "a shorter --context"
+            self.problems.append(
+                f"{corpus.folder} has {train} training windows of {context} tokens, fewer than the {global_batch} "
+                f"sequences of one step: give more text, or {fix}."
+            )
+        if val == 0:
+            self.problems.append(
+                f"{corpus.folder} has no validation window of {context} tokens: give more text or a shorter --context."
+            )
+
+    def check_disk(self, folder: Path, model: GPT2Config) -> None:
+        """Whether the checkpoints that will be kept, and the one being written, have room."""
+        s = DTYPE_BYTES[self.profile.dtype]
+        # DeepSpeed's weights and ours for inference, and fp32 master weights with two moments.
+        one = model.parameters * (2 * s + 12)
+        needed = one * (self.options.get("keep") + 1)
+        place = folder
+        while not place.exists():
+            place = place.parent
+        if not os.access(place, os.W_OK):
+            self.problems.append(f"{place} is not writable: choose another folder with --logs.")
+            return
+        free = shutil.disk_usage(place).free
+        if free < needed:
+            self.problems.append(
+                f"{folder} has room for {free / GIB:.1f} GiB, but {self.options.get('keep')} checkpoints of "
+                f"{one / GIB:.1f} GiB and the next one need {needed / GIB:.1f}: choose another --logs, or a smaller "
+                "--keep."
+            )
+
+    def schedule(self, model: GPT2Config, global_batch: int) -> Schedule:
+        """Learning rate and length."""
+        options, tokens_per_step = self.options, global_batch * model.context_length
+        peak_lr = options.lr or self.profile.lr
+        if peak_lr is None:
+            # Nearest in ratio: 200M parameters are nearer to 124M than to 355M.
+            nearest = min(PEAK_LR, key=lambda size: max(size / model.parameters, model.parameters / size))
+            peak_lr = PEAK_LR[nearest]
+            if model.parameters > 50e6 and tokens_per_step < 65_536:
+                self.notes.append(
+                    f"The default peak learning rate {peak_lr:g} is meant for about 0.5M tokens a step; this run takes "
+                    f"{tokens_per_step:,}. More --accumulation, or a smaller --lr, is safer."
+                )
+        total = options.steps
+        if options.tokens is not None:
+            total = max(1, round(options.tokens / tokens_per_step))
+        if total is None and options.hours is None:
+            total = max(1, count_windows(self.corpus, "train", model.context_length) // global_batch)
+            self.notes.append(f"No --steps, --tokens or --hours: one pass over the training text, {total:,} steps.")
+        return Schedule(
+            kind=options.get("schedule"),
+            peak_lr=peak_lr,
+            min_lr_ratio=float(DEFAULTS["min_lr_ratio"][0]),
+            warmup_steps=warmup_steps(total) if options.warmup_steps is None else options.warmup_steps,
+            total_steps=total,
+            decay_fraction=float(DEFAULTS["decay_fraction"][0]),
+            hours=options.hours,
+        )
+
+
+def memory_setting(
+    options: TrainOptions, profile: DsProfile, model: GPT2Config, *, ranks: int, micro_batch: int, accumulation: int
+) -> MemorySetting:
+    """What the memory formula needs to know of a model under a profile on GPUs."""
+    return MemorySetting(
+        model=model,
+        context=min(options.context or model.context_length, model.context_length),
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        ranks=ranks,
+        zero_stage=profile.zero_stage,
+        dtype=profile.dtype,
+        grad_accum_dtype=profile.grad_accum_dtype,
+        recompute=options.recompute or profile.recompute,
+        loss_chunk=profile.loss_chunk or LOSS_CHUNK["cuda"],
+        reduce_bucket_elements=profile.reduce_bucket_elements,
+        overlap_comm=profile.overlap_comm,
+        offload_optimizer=profile.offload_optimizer is not None,
+        offload_param=profile.offload_param is not None,
+        live_parameter_elements=profile.live_parameter_elements,
+        sub_group_elements=profile.sub_group_elements,
+    )
+
+
+def newest_run(logs: Path) -> Path | None:
+    """The run folder that was started or resumed last."""
+    plans = list(logs.glob("*/plan.json")) if logs.is_dir() else []
+    return max(plans, key=lambda path: path.stat().st_mtime).parent if plans else None
+
+
+def _run_folder(options: TrainOptions) -> tuple[Path, TrainOptions, bool]:
+    """(the run's folder, the options completed from an earlier session's, whether the run is resumed)."""
+    if not options.resume:
+        # The launcher starts ranks at slightly different times: rank 0's plan is the one that counts, name included.
+        name = options.run or time.strftime("%Y%m%d-%H%M%S")
+        if Path(name).name != name or name in (".", ".."):
+            raise UserError(f"--run is a name below {options.logs}/, not a path: '{name}'.")
+        folder = options.logs / name
+        if (folder / "plan.json").exists():
+            raise UserError(
+                f"The run folder {folder} exists already: add --resume to go on with it, or choose another --run."
+            )
+        return folder, options, False
+    named = options.logs / options.run if options.run else newest_run(options.logs)
+    if named is None or not (named / "plan.json").is_file():
+        where = f"{named} is no run folder" if named else f"there is no run below {options.logs}/"
+        raise UserError(f"--resume has nothing to go on with: {where}. Leave --resume out to start a new run.")
+    return named, replace(options.over(_read_plan(named).get("options", {})), run=named.name), True
+
+
+def _read_plan(folder: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("not an object")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{folder / 'plan.json'} cannot be read ({error}): choose another --run to start a new one."
+        ) from error
+    return content
+
+
+def _check_same_run(plan: Plan) -> None:
+    earlier = _read_plan(plan.folder).get("identity", {})
+    differing = [
+        f"{key} was {earlier.get(key)!r} and is now {value!r}"
+        for key, value in plan.identity().items()
+        if earlier.get(key) != value
+    ]
+    if differing:
+        raise UserError(
+            f"The run folder {plan.folder} belongs to another plan: {'; '.join(differing)}. "
+            "Repeat the earlier settings to resume it, or choose another --run."
+        )

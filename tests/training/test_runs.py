@@ -1,0 +1,221 @@
+"""Whole runs through the command line: resume, signals, time budgets, damaged checkpoints, and what a run leaves
+behind.
+"""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import cpu_environment, run_cli
+
+STEPS = 8
+
+
+def train_arguments(models_file: Path, corpus_folder: Path, **more: Any) -> list[str]:
+    options: dict[str, Any] = {
+        "ds": "fp32_baseline",
+        "model": "small",
+        "models_file": models_file,
+        "data": corpus_folder,
+        "micro_batch": 2,
+        "accumulation": 2,
+        "steps": STEPS,
+        "save_every": 4,
+        "evaluate_every": 4,
+        "evaluation_windows": 4,
+        "sample_tokens": 3,
+    } | more
+    words = ["train"]
+    for name, value in options.items():
+        if value is not None:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return words
+
+
+def records(run: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def losses(run: Path) -> dict[int, float]:
+    return {record["step"]: record["loss"] for record in records(run, "step")}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, models_file: Path, corpus_folder: Path) -> Path:
+    """A two-rank ZeRO-2 run in fp32, started by --gpus 2, which ended by itself."""
+    folder = tmp_path_factory.mktemp("finished")
+    profile = json.loads((Path(__file__).parents[2] / "ds_configs" / "zero2.json").read_text(encoding="utf-8"))
+    del profile["bf16"]
+    (folder / "zero2_fp32.json").write_text(json.dumps(profile), encoding="utf-8")
+    arguments = train_arguments(models_file, corpus_folder, ds="zero2_fp32.json", run="a", gpus=2)
+    result = run_cli(*arguments, cwd=folder)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Training log: logs/a/training_log.md" in result.stdout
+    assert not result.stderr.strip(), result.stderr
+    return folder
+
+
+def test_a_run_leaves_everything_behind(finished: Path) -> None:
+    run = finished / "logs" / "a"
+    names = {path.name for path in run.iterdir()}
+    assert names >= {
+        *("plan.json", "ds_config.json", "metrics.jsonl", "training_log.md", "deepspeed.log", "checkpoints"),
+        *("train_loss.png", "val_loss.png", "throughput.png", "memory.png", "learning_rate.png"),
+    }
+    assert sorted(path.name for path in (run / "checkpoints").glob("step-*")) == ["step-00000004", "step-00000008"]
+    steps = records(run, "step")
+    assert [record["step"] for record in steps] == list(range(1, STEPS + 1))
+    assert steps[-1]["tokens"] == STEPS * 2 * 2 * 2 * 32
+    assert all(len(record["memory_bytes"]) == 2 for record in steps)
+    assert [record["step"] for record in records(run, "evaluation")] == [0, 4, 8]
+    assert records(run, "evaluation")[0]["val_loss"] == pytest.approx(math.log(50257), abs=0.5)
+    assert records(run, "end")[-1]["reason"] == "completed"
+    log = (run / "training_log.md").read_text(encoding="utf-8")
+    for words in ("Fruits are good for you because", "train_loss.png", "zero2_fp32", "completed"):
+        assert words in log
+
+
+def test_resume_is_bit_equal_and_passes_over_a_damaged_checkpoint(
+    finished: Path, tmp_path: Path, models_file: Path, corpus_folder: Path
+) -> None:
+    whole = losses(finished / "logs" / "a")
+    shutil.copytree(finished, tmp_path / "copy")
+    run = tmp_path / "copy" / "logs" / "a"
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line)["step"] <= 6 and json.loads(line)["kind"] != "end"]
+    (run / "metrics.jsonl").write_text("".join(kept), encoding="utf-8")
+    damaged = run / "checkpoints" / "step-00000008" / "model.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+
+    result = run_cli("train", "--resume", "--gpus", 2, cwd=tmp_path / "copy")
+    assert result.returncode == 0, result.stdout + result.stderr
+    (incident,) = records(run, "incident")
+    assert "step-00000008 is passed over" in incident["what"]
+    assert "model.safetensors was changed" in incident["what"]
+    assert records(run, "start")[-1]["resumed_from"] == "step-00000004"
+    assert losses(run) == whole
+    tail = [record for record in records(run, "step") if record["step"] > 4][2:]
+    assert [record["loss"] for record in tail] == [whole[step] for step in range(5, STEPS + 1)]
+
+
+def test_generate_evaluate_and_report_need_only_the_run_folder(finished: Path) -> None:
+    text = run_cli("generate", "a", "Fruits are", "--tokens", 5, "--seed", 3, cwd=finished)
+    assert text.returncode == 0, text.stderr
+    assert text.stdout == run_cli("generate", "logs/a", "Fruits are", "--tokens", 5, "--seed", 3, cwd=finished).stdout
+    evaluated = run_cli("evaluate", "a", "--windows", 4, cwd=finished)
+    assert evaluated.returncode == 0, evaluated.stderr
+    last = records(finished / "logs" / "a", "evaluation")[-1]["val_loss"]
+    assert f"validation loss {last:.4f}" in evaluated.stdout
+    log = finished / "logs" / "a" / "training_log.md"
+    before = log.read_text(encoding="utf-8")
+    log.unlink()
+    assert run_cli("report", "a", cwd=finished).returncode == 0
+    assert log.read_text(encoding="utf-8") == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_run_with_a_checkpoint_and_a_log(
+    tmp_path: Path, models_file: Path, corpus_folder: Path, number: signal.Signals
+) -> None:
+    arguments = train_arguments(models_file, corpus_folder, run="a", steps=100_000, save_every=None)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gpt2ds", *arguments],
+        cwd=tmp_path,
+        env=cpu_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        metrics = tmp_path / "logs" / "a" / "metrics.jsonl"
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not (metrics.exists() and '"kind": "step"' in metrics.read_text()):
+            time.sleep(0.1)
+        os.kill(process.pid, number)
+        out, _ = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 0, out
+    assert "Resume with: gpt2ds train --run a --resume" in out
+    run = tmp_path / "logs" / "a"
+    last = records(run, "step")[-1]["step"]
+    assert records(run, "checkpoint")[-1]["name"] == f"step-{last:08d}"
+    assert records(run, "end")[-1]["reason"] == f"interrupted by {number.name}"
+    assert f"interrupted by {number.name}" in (run / "training_log.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_hours_end_a_run_in_time_with_a_finished_schedule(
+    tmp_path: Path, models_file: Path, corpus_folder: Path, schedule: str
+) -> None:
+    seconds = 10.0
+    arguments = train_arguments(
+        models_file,
+        corpus_folder,
+        run="a",
+        steps=None,
+        hours=seconds / 3600,
+        schedule=schedule,
+        save_every=None,
+        evaluate_every=None,
+    )
+    result = run_cli(*arguments, cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    run = tmp_path / "logs" / "a"
+    decided = records(run, "schedule")
+    assert len(decided) == {"cosine": 1, "wsd": 2}[schedule]
+    assert decided[0]["total_steps"] > decided[0]["step"]
+    end = records(run, "end")[-1]
+    assert seconds * 0.5 < end["elapsed_seconds"] < seconds + 3
+    rates = [record["lr"] for record in records(run, "step")]
+    assert max(rates) == pytest.approx(2e-3)
+    assert rates[-1] < 0.7 * max(rates)
+    assert len(records(run, "evaluation")) > 5
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"data": "nowhere"}, "nowhere"),
+        ({"model": "gpt2-small"}, "did you mean 'gpt2_small'"),
+        ({"ds": "zero2_fp16"}, "fp16, which needs a CUDA GPU"),
+        ({"micro_batch": 0}, "--micro-batch must be above 0"),
+        ({"hours": 1}, "give one of them"),
+        ({"context": 64}, "longer than the 32 tokens"),
+        ({"schedule": "cosin"}, "did you mean cosine"),
+        ({"micro_batch": 100_000}, "training windows"),
+        ({"run": "../elsewhere"}, "not a path"),
+        ({"gpus": 0}, "--gpus must be at least 1"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    tmp_path: Path, models_file: Path, corpus_folder: Path, change: dict[str, Any], words: str
+) -> None:
+    result = run_cli(*train_arguments(models_file, corpus_folder, **change), cwd=tmp_path)
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "logs").exists()
+
+
+def test_a_run_folder_of_another_plan_is_refused(finished: Path, models_file: Path) -> None:
+    for extra, words in (
+        (["--run", "a"], "exists already"),
+        (["--run", "a", "--resume", "--gpus", 2, "--seed", 5], "seed was 1337 and is now 5"),
+        (["--run", "b", "--resume"], "no run folder"),
+    ):
+        result = run_cli("train", "--models-file", models_file, *extra, cwd=finished)
+        assert result.returncode == 2, result.stdout + result.stderr
+        assert words in result.stderr
+        assert "Traceback" not in result.stderr

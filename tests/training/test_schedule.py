@@ -1,0 +1,57 @@
+"""The learning rate as a function of the step."""
+
+import pytest
+
+from gpt2ds.plan import Schedule
+from gpt2ds.training.schedule import LearningRate
+
+
+def rate(kind: str, total: int | None = 100, warmup: int = 10) -> LearningRate:
+    return LearningRate.of(
+        Schedule(
+            kind=kind,
+            peak_lr=1.0,
+            min_lr_ratio=0.1,
+            warmup_steps=warmup,
+            total_steps=total,
+            decay_fraction=0.2,
+            hours=None,
+        )
+    )
+
+
+@pytest.mark.parametrize("kind", ["cosine", "wsd", "constant"])
+def test_warm_up_climbs_linearly_and_never_starts_at_zero(kind: str) -> None:
+    assert [rate(kind).at(step) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
+    assert rate(kind).at(10) == pytest.approx(1.0)
+
+
+def test_cosine_is_half_way_in_the_middle_and_ends_at_a_tenth() -> None:
+    assert rate("cosine").at(55) == pytest.approx(0.55)
+    assert rate("cosine").at(100) == pytest.approx(0.1)
+    assert rate("cosine").at(1000) == pytest.approx(0.1)
+
+
+def test_warmup_stable_decay_is_flat_then_linear() -> None:
+    wsd = rate("wsd")
+    assert [wsd.at(step) for step in (50, 79, 80)] == pytest.approx([1.0, 1.0, 1.0])
+    assert wsd.at(90) == pytest.approx(0.55)
+    assert wsd.at(100) == pytest.approx(0.1)
+
+
+def test_constant_stays() -> None:
+    assert rate("constant").at(99) == 1.0
+
+
+def test_an_open_end_stays_at_the_peak_until_it_is_decided() -> None:
+    open_end = rate("cosine", total=None)
+    assert open_end.at(10_000) == 1.0
+    assert open_end.ending_at(100, 0.2).at(55) == pytest.approx(0.55)
+    by_the_clock = rate("wsd", total=None).decaying_from(500, 600)
+    assert by_the_clock.at(499) == 1.0
+    assert by_the_clock.at(550) == pytest.approx(0.55)
+    assert by_the_clock.total_steps == 600
+
+
+def test_no_warm_up_is_allowed() -> None:
+    assert rate("cosine", warmup=0).at(0) == pytest.approx(1.0)
