@@ -144,7 +144,8 @@ def prepare(
         str, typer.Option(metavar="POLICY", help="<|endoftext|> in the text: boundary of documents, text, or refuse.")
     ] = "boundary",
     separator: Annotated[
-        str | None, typer.Option(help="Text between documents, \\n for a line end. Default: a file is a document.")
+        str | None,
+        typer.Option(help="Text between documents, \\n for a line end, \\t for a tab. Default: a file is a document."),
     ] = None,
     encoding: Annotated[str, typer.Option(help="Of the text files.")] = "utf-8",
     validation: Annotated[
@@ -176,7 +177,7 @@ def prepare(
             assert out is not None
             options = PrepareOptions(
                 end_of_text=end_of_text,  # type: ignore[arg-type]  # checked there, with a sentence
-                separator=separator.encode().decode("unicode_escape") if separator else None,
+                separator=separator.replace("\\n", "\n").replace("\\t", "\t") if separator else None,
                 encoding=encoding,
                 validation_fraction=validation,
                 processes=processes,

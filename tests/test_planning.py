@@ -1,0 +1,194 @@
+"""From options to a plan: default model, batch arithmetic, data and disk checks, and every mistake in one error."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gpt2ds.corpus.shards import header
+from gpt2ds.devices import GPU, MIB, Machine, card_bytes, peak_flops, this_machine
+from gpt2ds.errors import UserError
+from gpt2ds.options import DEFAULTS, TrainOptions
+from gpt2ds.plan import Plan, count_windows
+from gpt2ds.planning import resolve
+
+CPU = Machine(cpu_name="a CPU", cores=2, host_memory_bytes=24 * 2**30)
+RTX_4090 = GPU(name="NVIDIA GeForce RTX 4090", total_bytes=24_564 * MIB, free_bytes=card_bytes(24))
+ONE_4090 = replace(CPU, gpus=(RTX_4090,))
+TWO_4090 = replace(CPU, gpus=(RTX_4090, RTX_4090))
+
+
+@pytest.fixture
+def wide_corpus(tmp_path: Path) -> Path:
+    """Enough tokens of 1,024 for a step of any shipped profile, in llm.c's format without a corpus.json."""
+    folder = tmp_path / "wide"
+    folder.mkdir()
+    for split, number, tokens in (("val", 0, 3_000), ("train", 1, 400_000)):
+        content = np.zeros(tokens, dtype="<u2").tobytes()
+        (folder / f"wide_{split}_{number:06d}.bin").write_bytes(header(tokens) + content)
+    return folder
+
+
+def plan_of(data: Path, tmp_path: Path, machine: Machine, ranks: int = 1, **options: Any) -> Plan:
+    return resolve(TrainOptions(**({"data": data, "logs": tmp_path / "logs"} | options)), ranks=ranks, machine=machine)
+
+
+def write_profile(folder: Path, **batch: Any) -> str:
+    path = folder / "own.json"
+    path.write_text(
+        json.dumps(batch | {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}), encoding="utf-8"
+    )
+    return str(path)
+
+
+def test_the_default_model_is_the_largest_predicted_to_fit(wide_corpus: Path, tmp_path: Path) -> None:
+    plan = plan_of(wide_corpus, tmp_path, ONE_4090, ds="zero2")
+    assert plan.model.name == "gpt2_large"
+    assert plan.estimate is not None
+    assert plan.estimate.peak_bytes < card_bytes(24)
+    assert any("No --model: gpt2_large" in note for note in plan.notes)
+    assert plan_of(wide_corpus, tmp_path, ONE_4090, ds="zero2", gpu_memory=16).model.name == "gpt2_medium"
+    assert plan_of(wide_corpus, tmp_path, TWO_4090, ranks=2, ds="zero3").model.name == "gpt2_xl"
+    assert plan_of(wide_corpus, tmp_path, CPU, ds="zero2").model.name == "gpt2_tiny"
+
+
+def test_a_model_that_will_not_fit_is_said_beforehand(wide_corpus: Path, tmp_path: Path) -> None:
+    plan = plan_of(wide_corpus, tmp_path, ONE_4090, ds="zero2", model="gpt2_large", micro_batch=16)
+    assert any("not expected to fit" in note and "at most 6 is" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize(
+    ("batch", "options", "ranks", "expected"),
+    [
+        ({"train_micro_batch_size_per_gpu": 4}, {}, 2, (4, 1)),
+        ({"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 3}, {}, 2, (4, 3)),
+        ({"train_batch_size": 24, "train_micro_batch_size_per_gpu": 4}, {}, 2, (4, 3)),
+        ({"train_batch_size": 24, "gradient_accumulation_steps": 3}, {"micro_batch": 4}, 2, (4, 3)),
+        ({"train_batch_size": 24, "train_micro_batch_size_per_gpu": 4}, {"micro_batch": 6}, 2, (6, 2)),
+        ({"train_micro_batch_size_per_gpu": 4}, {"micro_batch": 2, "accumulation": 5}, 1, (2, 5)),
+    ],
+)
+def test_batch_arithmetic(
+    wide_corpus: Path, tmp_path: Path, batch: dict[str, int], options: dict[str, int], ranks: int, expected: tuple
+) -> None:
+    plan = plan_of(wide_corpus, tmp_path, CPU, ranks=ranks, ds=write_profile(tmp_path, **batch), **options)
+    assert (plan.micro_batch, plan.accumulation) == expected
+    assert plan.global_batch == expected[0] * expected[1] * ranks
+    assert plan.tokens_per_step == plan.global_batch * plan.context
+    config = plan.ds_config()
+    assert config["train_batch_size"] == plan.global_batch
+
+
+@pytest.mark.parametrize(
+    ("batch", "options", "ranks", "words"),
+    [
+        ({"train_batch_size": 25}, {}, 2, "does not divide by 2 ranks; the nearest that do are 24 and 26"),
+        ({"train_batch_size": 24}, {"micro_batch": 5}, 2, "nearest micro-batches are 4, 6"),
+        ({"train_batch_size": 24, "train_micro_batch_size_per_gpu": 4}, {"accumulation": 4}, 2, "is not micro-batch 4"),
+    ],
+)
+def test_batches_that_do_not_divide_name_the_nearest(
+    wide_corpus: Path, tmp_path: Path, batch: dict[str, int], options: dict[str, int], ranks: int, words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        plan_of(wide_corpus, tmp_path, CPU, ranks=ranks, ds=write_profile(tmp_path, **batch), **options)
+
+
+def test_auto_takes_the_largest_that_fits_at_the_same_global_batch(wide_corpus: Path, tmp_path: Path) -> None:
+    ds = write_profile(tmp_path, train_batch_size=96, train_micro_batch_size_per_gpu="auto")
+    plan = plan_of(wide_corpus, tmp_path, ONE_4090, ds=ds, model="gpt2_large")
+    assert (plan.micro_batch, plan.accumulation) == (6, 16)
+    assert plan.global_batch == 96
+
+
+def test_all_mistakes_stand_in_one_error(tmp_path: Path) -> None:
+    profile = tmp_path / "typo.json"
+    profile.write_text('{"zero_optimisation": {}, "bf16": {"enabeld": true}}', encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        plan_of(tmp_path / "nowhere", tmp_path, CPU, ds=str(profile), model="gpt2_smal", micro_batch=-1)
+    text = str(caught.value)
+    for words in ("zero_optimisation", "enabeld", "nowhere", "gpt2_smal", "--micro-batch"):
+        assert words in text
+
+
+def test_more_ranks_than_gpus_and_fp16_on_a_cpu_are_refused(wide_corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="2 ranks on this machine but 1 GPU"):
+        plan_of(wide_corpus, tmp_path, ONE_4090, ranks=2)
+    with pytest.raises(UserError, match="zero3_fp16 trains in fp16, which needs a CUDA GPU"):
+        plan_of(wide_corpus, tmp_path, CPU, ds="zero3_fp16")
+    assert plan_of(wide_corpus, tmp_path, ONE_4090, ds="zero2_fp16").profile.dtype == "fp16"
+
+
+def test_data_that_cannot_serve_is_refused(wide_corpus: Path, tmp_path: Path, models_file: Path) -> None:
+    with pytest.raises(UserError, match="390 training windows of 1024 tokens, fewer than the 800 sequences"):
+        plan_of(wide_corpus, tmp_path, CPU, model="gpt2_small", micro_batch=100, accumulation=8)
+    shard = wide_corpus / "wide_train_000001.bin"
+    content = bytearray(shard.read_bytes())
+    content[-2:] = b"\xff\xff"
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match="65,?535"):
+        plan_of(wide_corpus, tmp_path, CPU)
+    shard.write_bytes(content[:-10])
+    with pytest.raises(UserError, match="wide_train_000001.bin"):
+        plan_of(wide_corpus, tmp_path, CPU)
+
+
+def test_a_full_disk_is_seen_beforehand(wide_corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="checkpoints of .* GiB and the next one need"):
+        plan_of(wide_corpus, tmp_path, CPU, model="gpt2_xl", keep=100_000)
+
+
+def test_the_end_of_a_run(wide_corpus: Path, tmp_path: Path) -> None:
+    def total(**options: Any) -> int | None:
+        return plan_of(
+            wide_corpus, tmp_path, CPU, model="gpt2_small", micro_batch=2, accumulation=5, **options
+        ).schedule.total_steps
+
+    assert total() == count_windows(plan_of(wide_corpus, tmp_path, CPU).corpus, "train", 1024) // 10
+    assert total(steps=7) == 7
+    assert total(tokens=102_400) == 10
+    assert total(hours=1.0) is None
+    with pytest.raises(UserError, match="give one of them"):
+        total(steps=7, hours=1.0)
+
+
+def test_peak_learning_rate_goes_by_the_nearest_size(wide_corpus: Path, tmp_path: Path) -> None:
+    for model, rate in (("gpt2_tiny", 2e-3), ("gpt2_small", 6e-4), ("gpt2_medium", 3e-4), ("gpt2_xl", 2e-4)):
+        assert plan_of(wide_corpus, tmp_path, CPU, model=model).schedule.peak_lr == rate
+    assert plan_of(wide_corpus, tmp_path, CPU, model="gpt2_xl", lr=1.0).schedule.peak_lr == 1.0
+
+
+def test_a_resumed_run_takes_what_was_not_asked_for_from_the_earlier_session() -> None:
+    earlier = TrainOptions(model="gpt2_small", data=Path("data/x"), steps=100, lr=1e-3).to_dict()
+    merged = TrainOptions(resume=True, hours=2.0).over(earlier)
+    assert (merged.model, merged.data, merged.lr) == ("gpt2_small", Path("data/x"), 1e-3)
+    assert (merged.steps, merged.hours) == (None, 2.0)
+    assert TrainOptions(resume=True).over(earlier).steps == 100
+
+
+def test_peak_rates_and_card_sizes() -> None:
+    assert peak_flops("NVIDIA GeForce RTX 4090", "bf16") == 165.2e12
+    assert peak_flops("NVIDIA GeForce RTX 4090", "fp32") == 82.6e12
+    assert peak_flops("NVIDIA GeForce RTX 3090 Ti", "fp16") == 80.0e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB", "bf16") == 312e12
+    assert peak_flops("NVIDIA H100 80GB HBM3", "bf16") == 989.4e12
+    assert peak_flops("NVIDIA H100 PCIe", "bf16") == 756e12
+    assert peak_flops("NVIDIA L40S", "bf16") == 362e12
+    assert peak_flops("Unheard Of 1", "bf16") is None
+    assert card_bytes(24) == 23_700 * MIB
+
+
+def test_this_machine_has_cores_and_memory() -> None:
+    machine = this_machine()
+    assert machine.cores >= 1
+    assert machine.host_memory_bytes > 2**30
+    assert machine.cpu_name
+
+
+def test_every_default_stands_in_the_readme() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    for name, (value, reason) in DEFAULTS.items():
+        assert f"| `{name}` | {value} | {reason} |" in readme
