@@ -2,8 +2,8 @@
 
     python benchmarks/loop_overhead.py [--steps 6] [--model gpt2_small]
 
-One rank on this machine's CPUs, bf16 (zero2.json), micro-batch 1. Data, the exchange between ranks and the making of the
-metrics are in the loop's share.
+One rank on this machine's CPUs, bf16 (zero2.json), micro-batch 1. Data, the exchange between ranks, metrics and console
+are in the loop's share.
 """
 
 import argparse
@@ -25,14 +25,14 @@ from gpt2ds.runlog.console import console_view
 from gpt2ds.runlog.metrics import RunLog
 
 RESULTS = Path(__file__).parent / "results"
-WARM_UP_STEPS = 1
 
 
 class Stopwatch:
-    """Adds up the time spent inside the functions that it wraps; as a view of the run it reads the steps' own times."""
+    """Adds up the time spent inside the functions that it wraps; as a view of the run it sees each step's end."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
+        self.last_end: float | None = None
         self.shares: list[float] = []
 
     def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -48,12 +48,14 @@ class Stopwatch:
         return timed
 
     def show(self, record: dict[str, Any]) -> None:
-        """Takes the share of a step that was not spent in DeepSpeed."""
+        """Takes the share of the time since the last step's end that was not spent in DeepSpeed."""
+        now = time.perf_counter()
         if record["kind"] == "step":
-            own = record["step_seconds"] - self.seconds
-            self.shares.append(own / record["step_seconds"])
-            print(f"step {record['step']}: {record['step_seconds']:.3f} s, of it {own:.4f} s the loop's own")
-        self.seconds = 0.0
+            if self.last_end is not None:
+                whole = now - self.last_end
+                self.shares.append((whole - self.seconds) / whole)
+                print(f"step {record['step']}: {whole:.3f} s, of it {whole - self.seconds:.4f} s the loop's own")
+            self.last_end, self.seconds = now, 0.0
 
     def close(self) -> None:
         """Nothing to close."""
@@ -74,7 +76,7 @@ def main() -> None:
         setattr(DeepSpeedEngine, name, inside.around(getattr(DeepSpeedEngine, name)))
 
     def recorder(plan: Plan) -> RunLog:
-        # The console comes first: what it costs falls into the step's own time.
+        # The console comes first, so that what it costs has been spent when this step's end is seen.
         return RunLog(plan.folder, [console_view(plan.to_dict()), inside])
 
     with tempfile.TemporaryDirectory() as folder:
@@ -98,8 +100,8 @@ def main() -> None:
         "model": arguments.model,
         "machine": {"cpu": machine.cpu_name, "cores": machine.cores, "gpu": None},
         "python": platform.python_version(),
-        "shares": [round(share, 5) for share in shares[WARM_UP_STEPS:]],
-        "median_share": round(statistics.median(shares[WARM_UP_STEPS:]), 5),
+        "shares": [round(share, 5) for share in shares],
+        "median_share": round(statistics.median(shares), 5),
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "loop_overhead.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

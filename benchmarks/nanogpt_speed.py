@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def main() -> None:
         read_shard(corpus.val[0].path).tofile(folder / "val.bin")
         (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": corpus.vocab_size}))
         (folder / "models.yaml").write_text(MODEL, encoding="utf-8")
-        contenders = {
+        contenders: dict[str, Callable[[], float]] = {
             "nanoGPT fp32": lambda: nanogpt_step_seconds(arguments.nanogpt.resolve(), folder, arguments.steps),
             "gpt2ds fp32": lambda: gpt2ds_step_seconds("fp32_baseline", folder, arguments.steps),
             "gpt2ds bf16": lambda: gpt2ds_step_seconds("zero2", folder, arguments.steps),

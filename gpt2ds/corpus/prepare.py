@@ -31,12 +31,13 @@ from gpt2ds.corpus.record import (
     finished,
     write_journal,
 )
-from gpt2ds.corpus.shard_writer import ShardWriter, write_atomically
-from gpt2ds.corpus.shards import MANIFEST, MAX_SHARD_TOKENS, Corpus, file_sha256, open_corpus
+from gpt2ds.corpus.shard_writer import ShardWriter
+from gpt2ds.corpus.shards import MANIFEST, MAX_SHARD_TOKENS, Corpus, open_corpus
 from gpt2ds.corpus.sources import Source, check_encoding, gather
 from gpt2ds.corpus.tokenizer import END_OF_TEXT
 from gpt2ds.corpus.workers import Workers
 from gpt2ds.errors import UserError
+from gpt2ds.files import file_sha256, write_atomically
 
 __all__ = ["PrepareOptions", "Progress", "prepare"]
 

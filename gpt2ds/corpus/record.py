@@ -11,19 +11,19 @@ from typing import Any, NamedTuple
 
 from gpt2ds.corpus import units
 from gpt2ds.corpus.documents import EndOfText, Split
-from gpt2ds.corpus.shard_writer import ShardWriter, write_atomically
+from gpt2ds.corpus.shard_writer import ShardWriter
 from gpt2ds.corpus.shards import (
     JOURNAL,
     MANIFEST,
     MANIFEST_VERSION,
     corpus_digest,
-    file_sha256,
     open_corpus,
     read_manifest,
 )
 from gpt2ds.corpus.sources import Source
 from gpt2ds.corpus.tokenizer import RANKS_SHA256, VOCAB_SIZE
 from gpt2ds.errors import UserError
+from gpt2ds.files import file_sha256, write_atomically
 
 Progress = Callable[[int, int, int], None]
 

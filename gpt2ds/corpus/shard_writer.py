@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from gpt2ds.corpus.shards import HEADER_BYTES, MAX_SHARD_TOKENS, file_sha256, header
+from gpt2ds.corpus.shards import HEADER_BYTES, MAX_SHARD_TOKENS, header
+from gpt2ds.files import file_sha256, sync_folder
 
 
 class ShardWriter:
@@ -114,24 +115,3 @@ class ShardWriter:
         sync_folder(self._folder)
         self.finished.append({"file": self._final().name, "tokens": self._tokens, "sha256": digest})
         self._tokens = 0
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """All of it or the old file, also when the machine stops in between: temporary file, fsync, rename, fsync of the
-    folder."""
-    temporary = path.with_name(f".{path.name}.writing")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from gpt2ds.corpus.tokenizer import RANKS_SHA256, VOCAB_SIZE
 from gpt2ds.errors import UserError
+from gpt2ds.files import file_sha256
 
 Tokens = npt.NDArray[np.uint16]
 
@@ -315,8 +316,3 @@ def check_ids(corpus: Corpus, vocab_size: int) -> None:
                 )
                 break
     _refuse(corpus.folder, problems)
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

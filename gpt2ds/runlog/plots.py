@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from numpy.typing import ArrayLike, NDArray
 
-from gpt2ds.runlog.metrics import History, gib, number, perplexity, replace_file, short_count
+from gpt2ds.files import write_atomically
+from gpt2ds.runlog.metrics import History, gib, number, perplexity, short_count
 
 Floats = NDArray[np.float64]
 
@@ -45,7 +46,7 @@ def write_plots(history: History, plan: dict[str, Any], folder: Path) -> list[Pa
         image = io.BytesIO()
         figure.savefig(image, format="png", metadata={"Software": None})  # the same history, the same bytes
         path = folder / f"{name}.png"
-        replace_file(path, image.getvalue())
+        write_atomically(path, image.getvalue())
         paths.append(path)
     return paths
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2ds.errors import UserError
+from gpt2ds.files import write_atomically
 from gpt2ds.runlog.metrics import (
     METRICS_FILE,
     History,
@@ -22,7 +23,6 @@ from gpt2ds.runlog.metrics import (
     percent,
     perplexity,
     read_records,
-    replace_file,
     short_count,
 )
 from gpt2ds.runlog.plots import write_plots
@@ -76,7 +76,7 @@ def write_report(folder: Path) -> Path:
         _events(history),
     )
     text = "\n".join(line for part in parts for line in part) + "\n"
-    replace_file(path, text.encode("utf-8", "replace"))
+    write_atomically(path, text.encode("utf-8", "replace"))
     return path
 
 

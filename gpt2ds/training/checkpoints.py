@@ -5,7 +5,6 @@ is not training, and `manifest.json`, written last: names, sizes and digests of 
 stood. A folder without a manifest that holds is no checkpoint, whatever else is in it.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -19,8 +18,8 @@ import torch.distributed as dist
 
 from gpt2ds import __version__
 from gpt2ds.errors import UserError
+from gpt2ds.files import file_sha256, write_atomically
 from gpt2ds.gpt2.weights import save_weights
-from gpt2ds.runlog.metrics import replace_file
 from gpt2ds.training.engine import TrainingEngine, share
 
 FORMAT = 1
@@ -74,7 +73,7 @@ def save(engine: TrainingEngine, folder: Path, position: Position, keep: int) ->
             "version": __version__,
             "files": files,
         }
-        replace_file(target / MANIFEST, json.dumps(manifest, indent=1).encode())
+        write_atomically(target / MANIFEST, json.dumps(manifest, indent=1).encode())
         _prune(folder, keep)
     dist.barrier()
     return name, int(share(size)), time.monotonic() - start
@@ -141,7 +140,7 @@ def verify(path: Path) -> str | None:
                 return f"{name} is missing"
             if file.stat().st_size != expected["bytes"]:
                 return f"{name} has {file.stat().st_size:,} bytes instead of {expected['bytes']:,}"
-            if _digest(file) != expected["sha256"]:
+            if file_sha256(file) != expected["sha256"]:
                 return f"{name} was changed since it was saved (its sha256 differs)"
     except (KeyError, TypeError, AttributeError) as error:
         return f"its manifest is not one of ours ({error})"
@@ -176,9 +175,4 @@ def _described(path: Path) -> dict[str, Any]:
     # On the disk and not only in the page cache before the manifest says so.
     with path.open("rb") as file:
         os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "sha256": _digest(path)}
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}

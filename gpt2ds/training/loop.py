@@ -19,9 +19,10 @@ import torch
 
 from gpt2ds import __version__
 from gpt2ds.corpus.batches import Batches, Windows
+from gpt2ds.files import write_atomically
 from gpt2ds.options import DEFAULTS
 from gpt2ds.plan import Plan, evaluation_interval
-from gpt2ds.runlog.metrics import NullLog, Recorder, replace_file
+from gpt2ds.runlog.metrics import NullLog, Recorder
 from gpt2ds.training import checkpoints
 from gpt2ds.training.engine import TrainingEngine, chatter_to, gather_numbers, share, start_ranks, stop_ranks
 from gpt2ds.training.evaluation import Evaluation, sample_text, to_device
@@ -338,8 +339,8 @@ class _Run:
 
 
 def _write_plan(plan: Plan) -> None:
-    replace_file(plan.folder / "plan.json", json.dumps(plan.to_dict(), indent=1).encode())
-    replace_file(plan.folder / "ds_config.json", json.dumps(plan.ds_config(), indent=1).encode())
+    write_atomically(plan.folder / "plan.json", json.dumps(plan.to_dict(), indent=1).encode())
+    write_atomically(plan.folder / "ds_config.json", json.dumps(plan.ds_config(), indent=1).encode())
 
 
 def _versions() -> dict[str, str]:
