@@ -50,6 +50,7 @@ class GPU:
     name: str
     total_bytes: int
     free_bytes: int
+    compute_capability: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,7 +134,12 @@ def _gpus() -> tuple[GPU, ...]:
         found = {}
         for index, handle in enumerate(handles):
             memory, name = pynvml.nvmlDeviceGetMemoryInfo(handle), pynvml.nvmlDeviceGetName(handle)
-            gpu = GPU(name=name, total_bytes=int(memory.total), free_bytes=int(memory.free))
+            gpu = GPU(
+                name=name,
+                total_bytes=int(memory.total),
+                free_bytes=int(memory.free),
+                compute_capability=pynvml.nvmlDeviceGetCudaComputeCapability(handle),
+            )
             found[str(index)] = found[str(pynvml.nvmlDeviceGetUUID(handle))] = gpu
     finally:
         pynvml.nvmlShutdown()

@@ -154,6 +154,13 @@ class _Planner:
                 f"{profile.name} trains in fp16, which needs a CUDA GPU: take the bf16 profile of the same stage "
                 f"(zero{profile.zero_stage}.json), which also runs on a CPU."
             )
+        # torch calls bf16 supported on older cards as well, and emulates it.
+        old = [gpu.name for gpu in self.machine.gpus if (gpu.compute_capability or (8, 0)) < (8, 0)]
+        if profile.dtype == "bf16" and old:
+            self.problems.append(
+                f"{profile.name} trains in bf16, which {old[0]} has no hardware for: take zero2_fp16.json or "
+                "zero3_fp16.json."
+            )
         here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or self.ranks)
         gpus = len(self.machine.gpus)
         if gpus and here > gpus:

@@ -122,6 +122,12 @@ def test_more_ranks_than_gpus_and_fp16_on_a_cpu_are_refused(wide_corpus: Path, t
     assert plan_of(wide_corpus, tmp_path, ONE_4090, ds="zero2_fp16").profile.dtype == "fp16"
 
 
+def test_bf16_on_a_card_without_it_is_refused(wide_corpus: Path, tmp_path: Path) -> None:
+    turing = replace(RTX_4090, name="NVIDIA GeForce RTX 2080 Ti", compute_capability=(7, 5))
+    with pytest.raises(UserError, match="bf16, which NVIDIA GeForce RTX 2080 Ti has no hardware for"):
+        plan_of(wide_corpus, tmp_path, replace(CPU, gpus=(turing,)), ds="zero2", model="gpt2_small")
+
+
 def test_data_that_cannot_serve_is_refused(wide_corpus: Path, tmp_path: Path, models_file: Path) -> None:
     with pytest.raises(UserError, match="390 training windows of 1024 tokens, fewer than the 800 sequences"):
         plan_of(wide_corpus, tmp_path, CPU, model="gpt2_small", micro_batch=100, accumulation=8)

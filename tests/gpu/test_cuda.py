@@ -1,0 +1,51 @@
+"""On one CUDA GPU: every shipped profile trains, fp16 scales its loss, the flash kernel is used, the cap holds."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import PROFILES, run_cli
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+STEPS = 12
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in PROFILES.glob("*.json")))
+def test_every_shipped_profile_trains(tmp_path: Path, models_file: Path, corpus_folder: Path, name: str) -> None:
+    result = run_cli(
+        *("train", "--ds", name, "--model", "small", "--models-file", models_file, "--data", corpus_folder),
+        *("--micro-batch", 4, "--accumulation", 2, "--steps", STEPS, "--evaluate-every", STEPS, "--run", "a"),
+        *("--gpu-memory", 24),
+        cwd=tmp_path,
+        DS_ACCELERATOR="cuda",
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = (tmp_path / "logs" / "a" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    steps: list[dict[str, Any]] = [record for record in map(json.loads, lines) if record["kind"] == "step"]
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert steps[-1]["reserved_bytes"][0] >= steps[-1]["memory_bytes"][0] > 0
+    assert (steps[-1]["loss_scale"] is not None) == name.endswith("fp16")
+
+
+def test_attention_runs_on_the_flash_kernel() -> None:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    q, k, v = (torch.randn(2, 4, 128, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # raises when this shape and dtype have no flash kernel
+        F.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()
+
+
+def test_the_fused_optimizer_skips_a_non_finite_gradient() -> None:
+    weight = torch.nn.Parameter(torch.ones(8, device="cuda"))
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    weight.grad = torch.full_like(weight, float("nan"))
+    optimizer.found_inf = torch.ones((), device="cuda")
+    optimizer.step()
+    assert torch.equal(weight, torch.ones_like(weight))
