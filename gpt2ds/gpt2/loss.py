@@ -32,27 +32,39 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, with_gradients: bool) -> Tensor:
-        tokens = hidden.shape[0]
-        total = hidden.new_zeros((), dtype=torch.float32)
+        tokens, vocab_size, dtype = hidden.shape[0], weight.shape[0], hidden.dtype
+        chunk = min(chunk, tokens)
+        # Rows padded to a multiple of 64 columns: products into rows of 50,257 numbers, an odd count, are slow on every
+        # device. The buffers serve all chunks: on a CPU fresh pages for each would cost a third of the products' time.
+        width = -(-vocab_size // 64) * 64
+        scores = hidden.new_empty(chunk, width, dtype=torch.float32)
+        logits = scores if dtype == torch.float32 else hidden.new_empty(chunk, width)
+        total = scores.new_zeros(())
         if with_gradients:
             grad_hidden = torch.empty_like(hidden)
             # fp16 sums of this many terms could pass 65,504, out of reach of the loss scale: those are kept in fp32.
-            grad_weight = torch.zeros_like(weight, dtype=torch.float32 if weight.dtype == torch.float16 else None)
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32 if dtype == torch.float16 else None)
         for start in range(0, tokens, chunk):
             part = hidden[start : start + chunk]  # (C, d)
             target = targets[start : start + chunk].unsqueeze(1)  # (C, 1)
-            log_p = torch.mm(part, weight.t()).float()  # (C, V)
-            log_p = F.log_softmax(log_p, dim=1)
+            log_p, slope = scores[: len(part)], logits[: len(part), :vocab_size]  # (C, width), (C, V)
+            torch.mm(part, weight.t(), out=slope)
+            if logits is not scores:
+                log_p[:, :vocab_size] = slope
+            log_p[:, vocab_size:] = float("-inf")  # the padding has probability 0
+            torch.log_softmax(log_p, dim=1, out=log_p)
             total -= log_p.gather(1, target).sum()
-            if with_gradients:
-                # d loss / d logits = softmax - one-hot, not yet divided by N: in fp16 that quotient would underflow.
-                slope = log_p.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32))
-                slope = slope.to(hidden.dtype)
-                torch.mm(slope, weight, out=grad_hidden[start : start + chunk])
-                if grad_weight.dtype == slope.dtype:
-                    grad_weight.addmm_(slope.t(), part)
-                else:
-                    grad_weight += slope.t() @ part
+            if not with_gradients:
+                continue
+            # d loss / d logits = softmax - one-hot, not yet divided by N: in fp16 that quotient would underflow.
+            log_p.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32))
+            if logits is not scores:
+                slope.copy_(log_p[:, :vocab_size])
+            torch.mm(slope, weight, out=grad_hidden[start : start + chunk])
+            if grad_weight.dtype == dtype:
+                grad_weight.addmm_(slope.t(), part)
+            else:
+                grad_weight += slope.t() @ part
         if with_gradients:
             ctx.save_for_backward(grad_hidden, grad_weight)
         return total / tokens

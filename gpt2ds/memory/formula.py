@@ -144,7 +144,8 @@ def _forward_backward(setting: MemorySetting) -> dict[str, dict[str, float]]:
         "loss": always
         | {
             "activations": L * per_block + tail,
-            "logits of a chunk": 8 * V * chunk,  # the fp32 logits and their log-softmax
+            # In fp32, where the softmax is taken in place, and in the compute dtype; rows padded to 64 (gpt2/loss.py).
+            "logits of a chunk": (4 + s if s == 2 else 4) * -(-V // 64) * 64 * chunk,
             "head gradient": head_sum,
             "gradient of the last hidden states": s * d * N,
         }

@@ -42,6 +42,25 @@ def test_attention_runs_on_the_flash_kernel() -> None:
         F.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_chunked_loss_equals_the_whole_one(dtype: torch.dtype) -> None:
+    """Its softmax is taken in place, which the documentation neither promises nor forbids."""
+    from gpt2ds.gpt2.loss import chunked_cross_entropy, whole_cross_entropy
+
+    results = []
+    for loss_of in (whole_cross_entropy, lambda *inputs: chunked_cross_entropy(*inputs, 100)):
+        random = torch.manual_seed(0)
+        hidden = torch.randn(257, 64, generator=random).to("cuda", dtype).requires_grad_()
+        weight = torch.randn(50257, 64, generator=random).to("cuda", dtype).requires_grad_()
+        loss = loss_of(hidden, weight, torch.randint(0, 50257, (257,), generator=random).cuda())
+        loss.backward()
+        results.append((loss.detach(), hidden.grad, weight.grad))
+    for chunked, whole in zip(results[1], results[0], strict=True):
+        assert (chunked.float() - whole.float()).norm() / whole.float().norm() < (
+            2e-6 if dtype == torch.float32 else 0.02
+        )
+
+
 def test_the_fused_optimizer_skips_a_non_finite_gradient() -> None:
     weight = torch.nn.Parameter(torch.ones(8, device="cuda"))
     optimizer = torch.optim.AdamW([weight], fused=True)
