@@ -20,6 +20,9 @@ from pathlib import Path
 from gpt2ds.corpus.prepare import PrepareOptions, prepare
 from gpt2ds.corpus.sources import Source, gather
 from gpt2ds.corpus.tokenizer import load_tokenizer
+from gpt2ds.devices import this_machine
+
+RESULTS = Path(__file__).parent / "results"
 
 
 def bare_rate(texts: list[str], text_bytes: int) -> float:
@@ -88,7 +91,10 @@ def main() -> None:
     print(f"{'':24}{'MB/s':>10}{'of cores x bare':>18}")
     print(f"{'tiktoken, one core':24}{statistics.median(bare):>10.1f}")
     print(f"{'prepare':24}{statistics.median(whole):>10.1f}{ratio:>18.3f}")
+    machine = this_machine()
     result = {
+        "what": "MB/s of text encoded: tiktoken on one core, and the whole of prepare, round by round",
+        "machine": {"cpu": machine.cpu_name, "cores": machine.cores, "gpu": None},
         "megabytes": size / 1e6,
         "tokens": tokens,
         "cores": cores,
@@ -100,7 +106,8 @@ def main() -> None:
         "peak_parent_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "peak_worker_mb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024,
     }
-    print(json.dumps(result))
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "prepare_rate.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -43,6 +43,8 @@ def main() -> None:
         app(prog_name="gpt2ds")
     except UserError as error:
         _fail(error)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 def _fail(error: UserError) -> NoReturn:
@@ -78,12 +80,19 @@ def train(gpus: int | None, **given: Any) -> None:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if plan.device_kind == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed looks for one, and says so
+    from gpt2ds.runlog.report import write_report
     from gpt2ds.training.loop import train as run_training
 
-    outcome = run_training(plan, _recorder)
+    try:
+        outcome = run_training(plan, _recorder)
+    except UserError:
+        raise
+    except Exception:
+        # The log of a run that failed says how; the traceback follows.
+        if os.environ.get("RANK", "0") == "0" and (plan.folder / "plan.json").exists():
+            write_report(plan.folder)
+        raise
     if outcome.is_main:
-        from gpt2ds.runlog.report import write_report
-
         print(f"{outcome.reason} at step {outcome.step:,}. Training log: {write_report(outcome.folder)}")
         if not outcome.completed:
             print(f"Resume with: gpt2ds train --run {outcome.folder.name} --resume")
@@ -121,8 +130,9 @@ app.command()(train)
 def _recorder(plan: "Plan") -> "Recorder":
     from gpt2ds.runlog.console import console_view
     from gpt2ds.runlog.metrics import RunLog
+    from gpt2ds.runlog.report import ReportView
 
-    return RunLog(plan.folder, [console_view(plan.to_dict())])
+    return RunLog(plan.folder, [console_view(plan.to_dict()), ReportView(plan.folder)])
 
 
 def _without_option(arguments: list[str], name: str) -> list[str]:
@@ -241,24 +251,20 @@ def report(run: RunArgument) -> None:
 def profiles() -> None:
     """What each shipped DeepSpeed profile is for."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.padding import Padding
 
     from gpt2ds.ds_profile import load_profile, shipped_profiles
 
-    table = Table("profile", "ZeRO", "dtype", "offload", "recompute", "micro-batch × accumulation", "what it is for")
-    for profile in map(load_profile, shipped_profiles()):
+    console = Console(highlight=False)
+    for path in shipped_profiles():
+        profile = load_profile(path)
         places = {"optimizer": profile.offload_optimizer, "parameters": profile.offload_param}
-        offloaded = [name for name, place in places.items() if place]
-        table.add_row(
-            profile.name,
-            str(profile.zero_stage),
-            profile.dtype,
-            ", ".join(offloaded) or "no",
-            profile.recompute,
-            f"{profile.micro_batch} × {profile.accumulation}",
-            f"{profile.description} {profile.use_when}".strip(),
-        )
-    Console().print(table)
+        facts = [f"ZeRO-{profile.zero_stage}", profile.dtype, f"micro-batch {profile.micro_batch}"]
+        facts += [f"accumulation {profile.accumulation}"]
+        facts += [f"{part} on the {place}" for part, place in places.items() if place]
+        facts += ["activation checkpointing"] if profile.recompute != "none" else []
+        console.print(f"[bold]{path.name}[/bold]  {', '.join(facts)}")
+        console.print(Padding(f"{profile.description} {profile.use_when}", (0, 0, 1, 4)), markup=False)
 
 
 def _run_folder(run: Path) -> Path:

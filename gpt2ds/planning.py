@@ -29,8 +29,8 @@ GIB = 2**30
 
 EMBEDDED_TEXT = Path("data/embedded")
 
-# Tokens whose logits exist at the same time, where the profile names none. Measured on an AMD EPYC with 2 cores: in fp32
-# 512 is a tenth faster than 128 or 1,024, in bf16 they are equal. For a GPU 1,024 is an assumption.
+# Tokens whose logits exist at the same time, where the profile names none. Measured on an AMD EPYC with 2 cores: in
+# fp32 512 is a tenth faster than 128 or 1,024, in bf16 they are equal. For a GPU 1,024 is an assumption.
 LOSS_CHUNK = {"cpu": 512, "cuda": 1024}
 
 T = TypeVar("T")

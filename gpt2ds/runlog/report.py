@@ -8,6 +8,7 @@ import json
 import math
 import re
 import statistics
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ SECTIONS = (
     "run",
 )
 FOLDED_SECTIONS = ("options",)
+REWRITE_SECONDS = 60.0
 STEP_ROWS, EVALUATION_ROWS, SAMPLES = 25, 100, 12
 PICTURES = {
     "train_loss": "Training loss",
@@ -47,6 +49,23 @@ PICTURES = {
     "learning_rate": "Learning rate and gradient norm",
     "throughput": "Throughput",
 }
+
+
+class ReportView:
+    """A view that writes the training log anew at a checkpoint, so that after a power cut it is as old as that."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._written_at = time.monotonic()
+
+    def show(self, record: dict[str, Any]) -> None:
+        """Writes the log, unless it was written a minute ago: the pictures take a second or two."""
+        if record["kind"] == "checkpoint" and time.monotonic() - self._written_at >= REWRITE_SECONDS:
+            write_report(self._folder)
+            self._written_at = time.monotonic()
+
+    def close(self) -> None:
+        """The program writes the last one itself."""
 
 
 def write_report(folder: Path) -> Path:

@@ -6,6 +6,7 @@ References are to deepspeed 0.19.8.
 import contextlib
 import io
 import logging
+import math
 import os
 import socket
 import warnings
@@ -175,15 +176,16 @@ class TrainingEngine:
 
     def _plain_step(self) -> tuple[float, bool]:
         gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        finite = torch.isfinite(norm)
-        # torch's fused optimizers leave everything as it is when this is 1; it is the mechanism of their gradient
-        # scaler.
-        self.optimizer.found_inf = torch.where(finite, 0.0, 1.0).to(torch.float32)
+        norm = float(nn.utils.get_total_norm(gradients))
+        taken = math.isfinite(norm)
+        if not taken:
+            # For this once; the engine still counts the step and drops the gradients.
+            self.optimizer.step = lambda: None
         self.engine.step()
-        taken = bool(finite)
+        if not taken:
+            del self.optimizer.step
         self.skipped_steps += not taken
-        return float(norm), taken
+        return norm, taken
 
     @property
     def loss_scale(self) -> float | None:

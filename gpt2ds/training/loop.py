@@ -19,6 +19,7 @@ import torch
 
 from gpt2ds import __version__
 from gpt2ds.corpus.batches import Batches, Windows
+from gpt2ds.errors import UserError
 from gpt2ds.files import write_atomically
 from gpt2ds.options import DEFAULTS
 from gpt2ds.plan import Plan, evaluation_interval
@@ -63,7 +64,6 @@ def train(plan: Plan, recorder_for: Callable[[Plan], Recorder]) -> Outcome:
         recorder: Recorder = NullLog()
         plan.folder.mkdir(parents=True, exist_ok=True)
         if ranks.rank == 0:
-            _write_plan(plan)
             recorder = recorder_for(plan)
         stack.callback(recorder.close)
         stack.enter_context(chatter_to(plan.folder / "deepspeed.log"))
@@ -71,6 +71,8 @@ def train(plan: Plan, recorder_for: Callable[[Plan], Recorder]) -> Outcome:
         run = _Run(plan, TrainingEngine(plan, ranks), recorder, signals)
         try:
             reason, completed, failed = run.go()
+        except UserError:
+            raise  # a resume that is refused: the run is as it was
         except BaseException as error:
             recorder.record("end", run.step, reason=f"failed: {_first_line(error)}", **run.totals())
             raise
@@ -156,6 +158,9 @@ class _Run:
             self.rate = self._rate_after(LearningRate(**position.learning_rate))
             self.evaluate_every = self.plan.options.evaluate_every or position.evaluate_every
             self.speed_measured = position.speed_measured
+        if self.engine.ranks.rank == 0:
+            # Only now that nothing can be refused any more: an earlier session's plan stays until then.
+            _write_plan(self.plan)
         self.recorder.record(
             "start",
             self.step,

@@ -59,12 +59,3 @@ def test_the_chunked_loss_equals_the_whole_one(dtype: torch.dtype) -> None:
         assert (chunked.float() - whole.float()).norm() / whole.float().norm() < (
             2e-6 if dtype == torch.float32 else 0.02
         )
-
-
-def test_the_fused_optimizer_skips_a_non_finite_gradient() -> None:
-    weight = torch.nn.Parameter(torch.ones(8, device="cuda"))
-    optimizer = torch.optim.AdamW([weight], fused=True)
-    weight.grad = torch.full_like(weight, float("nan"))
-    optimizer.found_inf = torch.ones((), device="cuda")
-    optimizer.step()
-    assert torch.equal(weight, torch.ones_like(weight))
