@@ -83,8 +83,8 @@ def main() -> None:
         options = TrainOptions(
             ds="zero2",
             model=arguments.model,
-            logs=Path(folder),
-            run="overhead",
+            out=Path(folder),
+            name="overhead",
             micro_batch=1,
             accumulation=1,
             steps=arguments.steps,

@@ -13,6 +13,7 @@ if __package__ in (None, ""):
 
 import inspect
 import os
+import time
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
 
 import typer
@@ -24,6 +25,8 @@ from gpt2ds.options import DEFAULTS, WHAT, TrainOptions
 if TYPE_CHECKING:
     from gpt2ds.plan import Plan
     from gpt2ds.runlog.metrics import Recorder
+
+OTHER_RANKS_WAIT_SECONDS = 5.0
 
 app = typer.Typer(
     name="gpt2ds",
@@ -48,9 +51,11 @@ def main() -> None:
 
 
 def _fail(error: UserError) -> NoReturn:
-    # Every rank of a node finds the same mistake; one of them says so.
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"Error: {error}" if "\n" not in str(error) else f"Errors:\n{error}", file=sys.stderr, flush=True)
+    # Every rank of a node finds the same mistake, and the first one says so. Another speaks only if it is alone with
+    # it: the launcher ends it within a second when the first one has left.
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(OTHER_RANKS_WAIT_SECONDS)
+    print(f"Error: {error}" if "\n" not in str(error) else f"Errors:\n{error}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
@@ -80,7 +85,7 @@ def train(gpus: int | None, **given: Any) -> None:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if plan.device_kind == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed looks for one, and says so
-    from gpt2ds.runlog.report import write_report
+    from gpt2ds.runlog.report import resume_command, write_report
     from gpt2ds.training.loop import train as run_training
 
     try:
@@ -95,7 +100,7 @@ def train(gpus: int | None, **given: Any) -> None:
     if outcome.is_main:
         print(f"{outcome.reason} at step {outcome.step:,}. Training log: {write_report(outcome.folder)}")
         if not outcome.completed:
-            print(f"Resume with: gpt2ds train --run {outcome.folder.name} --resume")
+            print(f"Resume with: {resume_command(plan.to_dict())}")
     raise SystemExit(1 if outcome.failed else 0)
 
 
@@ -163,26 +168,28 @@ def prepare(
     ] = 0.01,
     packages: Annotated[
         str,
-        typer.Option(
-            metavar="NAMES", help="More embedded text: torch, numpy, sympy, networkx, deepspeed (with commas)."
-        ),
+        typer.Option(metavar="NAMES", help="More embedded text: torch, numpy, sympy, networkx (with commas)."),
     ] = "",
     processes: Annotated[int | None, typer.Option(metavar="N", help="Default: one per core.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
     seed: Annotated[int, typer.Option(metavar="N", help="Chooses the validation documents.")] = 1337,
 ) -> None:
     """Turn text into token shards: parallel, resumable, byte-identical however many processes."""
-    from gpt2ds.corpus.embedded import prepare_embedded
+    from gpt2ds.corpus.embedded import EMBEDDED_FOLDER, prepare_embedded
     from gpt2ds.corpus.prepare import PrepareOptions
     from gpt2ds.corpus.prepare import prepare as run_prepare
     from gpt2ds.runlog.progress import byte_progress
 
     if text and out is None:
         raise UserError("Say where the shards go: --out data/NAME.")
+    if not text and (separator or (end_of_text, encoding, validation) != ("boundary", "utf-8", 0.01)):
+        raise UserError("--end-of-text, --separator, --encoding and --validation are for your own text: name it.")
+    if text and packages:
+        raise UserError("--packages adds to the embedded text: leave it out, or leave your own text out.")
     with byte_progress() as progress:
         if not text:
             named = tuple(name.strip() for name in packages.split(",") if name.strip())
-            corpus = prepare_embedded(out or Path("data/embedded"), named, progress)
+            corpus = prepare_embedded(out or EMBEDDED_FOLDER, named, progress)
         else:
             assert out is not None
             options = PrepareOptions(
@@ -211,11 +218,10 @@ def generate(
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
 ) -> None:
     """Continue a text with the newest checkpoint of a run."""
-    from gpt2ds.training.inference import continue_text
+    from gpt2ds.training.inference import continue_text, load_run
 
-    for piece in continue_text(
-        _run_folder(run), prompt, tokens=tokens, temperature=temperature, top_k=top_k or None, seed=seed
-    ):
+    model, _ = load_run(_run_folder(run), _tell)
+    for piece in continue_text(model, prompt, tokens=tokens, temperature=temperature, top_k=top_k or None, seed=seed):
         print(piece, end="", flush=True)
     print()
 
@@ -230,12 +236,15 @@ def evaluate(
     micro_batch: Annotated[int, typer.Option(metavar="N", help="Windows at a time.")] = 8,
 ) -> None:
     """Validation loss and perplexity of a run's newest checkpoint, over the whole validation text."""
-    from gpt2ds.training.inference import validation_loss
+    from gpt2ds.training.inference import load_run, validation_folder, validation_loss
 
-    result = validation_loss(_run_folder(run), data, windows=windows, micro_batch=micro_batch)
+    folder = _run_folder(run)
+    model, position = load_run(folder, _tell)
+    data = data or validation_folder(folder)
+    result = validation_loss(model, data, windows=windows, micro_batch=micro_batch)
     print(
-        f"step {result.step:,}: validation loss {result.loss:.4f}, perplexity {result.perplexity:.2f} "
-        f"over {result.windows:,} windows ({result.tokens:,} tokens) of {result.folder}"
+        f"step {position.step:,}: validation loss {result.loss:.4f}, perplexity {result.perplexity:.2f} "
+        f"over {result.windows:,} windows ({result.tokens:,} tokens) of {data}"
     )
 
 
@@ -265,6 +274,10 @@ def profiles() -> None:
         facts += ["activation checkpointing"] if profile.recompute != "none" else []
         console.print(f"[bold]{path.name}[/bold]  {', '.join(facts)}")
         console.print(Padding(f"{profile.description} {profile.use_when}", (0, 0, 1, 4)), markup=False)
+
+
+def _tell(sentence: str) -> None:
+    print(sentence, file=sys.stderr)
 
 
 def _run_folder(run: Path) -> Path:

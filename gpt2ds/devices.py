@@ -3,9 +3,12 @@
 import importlib.util
 import os
 import platform
+import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from gpt2ds.errors import UserError
 
 MIB = 2**20
 
@@ -38,6 +41,9 @@ PEAK_TFLOPS: dict[str, tuple[float, float]] = {
     "H100 PCIe": (756.0, 51.2),
     "H200": (989.4, 66.9),
 }
+
+# A process's own CUDA context, which NVML's free bytes do not yet lack: about 470 MiB on an RTX 4090.
+CONTEXT_BYTES = 470 * MIB
 
 # What a card of N GB cannot give to one process's tensors: 24,576 MiB on the box of an RTX 4090, 23,700 MiB to reserve.
 CARD_OVERHEAD_BYTES = (24_576 - 23_700) * MIB
@@ -122,6 +128,13 @@ def card_bytes(card_gb: float) -> int:
     return int(card_gb * 1024 * MIB) - CARD_OVERHEAD_BYTES
 
 
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def _gpus() -> tuple[GPU, ...]:
     try:
         import pynvml
@@ -144,8 +157,21 @@ def _gpus() -> tuple[GPU, ...]:
     finally:
         pynvml.nvmlShutdown()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    wanted = [str(index) for index in range(len(handles))] if visible is None else visible.split(",")
-    return tuple(found[name.strip()] for name in wanted if name.strip() in found)
+    if visible is None:
+        return tuple(found[str(index)] for index in range(len(handles)))
+    wanted = [name.strip() for name in visible.split(",") if name.strip()]
+    # CUDA takes the first letters of a UUID for the whole.
+    chosen = [
+        next(gpu for key, gpu in found.items() if key == name or (name.startswith("GPU-") and key.startswith(name)))
+        for name in wanted
+        if any(key == name or (name.startswith("GPU-") and key.startswith(name)) for key in found)
+    ]
+    if wanted and not chosen:
+        raise UserError(
+            f"CUDA_VISIBLE_DEVICES={visible} names none of the {len(handles)} GPUs here: give their numbers from 0 on, "
+            "or their UUIDs (MIG slices are not supported)."
+        )
+    return tuple(chosen)
 
 
 def _cpu_name() -> str:

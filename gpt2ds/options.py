@@ -55,8 +55,8 @@ class TrainOptions:
     data: Path | None = option(
         WHAT, "FOLDER", "What `gpt2ds prepare` wrote, or llm.c or nanoGPT shards. Default: the embedded text."
     )
-    run: str | None = option(WHAT, "NAME", "Name of the run folder. Default: date and time.")
-    logs: Path = field(
+    name: str | None = option(WHAT, "NAME", "Name of the run folder. Default: date and time.")
+    out: Path = field(
         default=Path("logs"), metadata={"panel": WHAT, "metavar": "FOLDER", "help": "Where run folders are."}
     )
     resume: bool = field(
@@ -64,7 +64,7 @@ class TrainOptions:
         metadata={
             "panel": WHAT,
             "metavar": None,
-            "help": "Go on with --run, or the newest run, from its newest checkpoint.",
+            "help": "Go on with --name, or the newest run, from its newest checkpoint.",
         },
     )
     micro_batch: int | None = option(BATCH, "N", "Sequences per rank at a time. Default: the profile's.")

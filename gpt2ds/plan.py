@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2ds.corpus.shards import Corpus
-from gpt2ds.devices import Machine, peak_flops
+from gpt2ds.devices import Machine, card_bytes, peak_flops
 from gpt2ds.ds_profile import DsProfile
 from gpt2ds.gpt2.config import GPT2Config
 from gpt2ds.memory.formula import Estimate
@@ -83,6 +83,14 @@ class Plan:
         one = peak_flops(self.machine.gpus[0].name, self.profile.dtype)
         return one * self.ranks if one else None
 
+    @property
+    def device_size_bytes(self) -> int:
+        """What a rank's memory is compared with: the card, the smaller card that is tried, or the host's memory."""
+        if not self.machine.gpus:
+            return self.machine.host_memory_bytes
+        asked = self.options.gpu_memory
+        return card_bytes(asked) if asked else min(gpu.total_bytes for gpu in self.machine.gpus)
+
     def ds_config(self) -> dict[str, Any]:
         """The dict that `deepspeed.initialize` is given."""
         return self.profile.ds_config(micro_batch=self.micro_batch, accumulation=self.accumulation, ranks=self.ranks)
@@ -92,6 +100,8 @@ class Plan:
         model = {key: value for key, value in self.model.to_dict().items() if key != "name"}
         return {f"model {key}": value for key, value in model.items()} | {
             "dtype": self.profile.dtype,
+            "ZeRO stage": self.profile.zero_stage,
+            "ranks": self.ranks,
             "global batch": self.global_batch,
             "data": self.corpus.digest,
             "seed": self.options.get("seed"),
@@ -162,7 +172,8 @@ class Plan:
                 "kind": self.device_kind,
                 "name": gpus[0].name if gpus else self.machine.cpu_name,
                 "count": self.ranks if gpus else 1,
-                "memory_bytes": self.device_bytes,
+                "memory_bytes": self.device_size_bytes,
+                "usable_bytes": self.device_bytes,
                 "peak_flops": self.peak_flops,
             },
             "memory": {

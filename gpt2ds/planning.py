@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gpt2ds.corpus.shards import Corpus, check_ids, open_corpus
-from gpt2ds.devices import Machine, card_bytes, this_machine
+from gpt2ds.devices import CONTEXT_BYTES, Machine, card_bytes, this_machine
 from gpt2ds.ds_profile import DsProfile, load_profile
 from gpt2ds.errors import UserError
 from gpt2ds.gpt2.config import MODELS, GPT2Config, find_model, with_context
@@ -26,8 +26,6 @@ from gpt2ds.options import DEFAULTS, PEAK_LR, TrainOptions
 from gpt2ds.plan import Plan, Schedule, count_windows, evaluation_interval, warmup_steps
 
 GIB = 2**30
-
-EMBEDDED_TEXT = Path("data/embedded")
 
 # Tokens whose logits exist at the same time, where the profile names none. Measured on an AMD EPYC with 2 cores: in
 # fp32 512 is a tenth faster than 128 or 1,024, in bf16 they are equal. For a GPU 1,024 is an assumption.
@@ -112,6 +110,11 @@ class _Planner:
             _check_same_run(plan)
         return plan
 
+    @property
+    def ranks_here(self) -> int:
+        """Ranks on this machine: torchrun's variable, DeepSpeed's, or all of them."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or self.ranks)
+
     def attempt(self, part: Callable[[], T]) -> T | None:
         """The part's result, or None and its problem noted, so that the next part can be checked as well."""
         try:
@@ -161,7 +164,7 @@ class _Planner:
                 f"{profile.name} trains in bf16, which {old[0]} has no hardware for: take zero2_fp16.json or "
                 "zero3_fp16.json."
             )
-        here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or self.ranks)
+        here = self.ranks_here
         gpus = len(self.machine.gpus)
         if gpus and here > gpus:
             self.problems.append(
@@ -173,13 +176,13 @@ class _Planner:
         """The user's shards, or the embedded text, prepared if need be."""
         if self.options.data is not None:
             return open_corpus(self.options.data)
-        from gpt2ds.corpus.embedded import prepare_embedded
+        from gpt2ds.corpus.embedded import EMBEDDED_FOLDER, prepare_embedded
 
-        EMBEDDED_TEXT.parent.mkdir(parents=True, exist_ok=True)
-        with EMBEDDED_TEXT.with_suffix(".lock").open("w") as lock:
+        EMBEDDED_FOLDER.parent.mkdir(parents=True, exist_ok=True)
+        with EMBEDDED_FOLDER.with_suffix(".lock").open("w") as lock:
             # Every rank plans; the first one prepares the text and the others find it done.
             fcntl.flock(lock, fcntl.LOCK_EX)
-            corpus = prepare_embedded(EMBEDDED_TEXT)
+            corpus = prepare_embedded(EMBEDDED_FOLDER)
         self.notes.append(
             f"No --data: training on the embedded text, the documentation on this machine "
             f"({corpus.train_tokens:,} tokens, digest {corpus.digest[:12]}, which changes with the Python version)."
@@ -190,7 +193,7 @@ class _Planner:
         """What one rank's tensors may take: the smallest card's, or the smaller card's that the user wants to try."""
         if not self.machine.gpus:
             return self.machine.host_memory_bytes
-        usable = min(gpu.free_bytes for gpu in self.machine.gpus)
+        usable = min(gpu.free_bytes for gpu in self.machine.gpus[: self.ranks_here]) - CONTEXT_BYTES
         return min(usable, card_bytes(self.options.gpu_memory)) if self.options.gpu_memory else usable
 
     def setting(self, model: GPT2Config, micro_batch: int, accumulation: int) -> MemorySetting:
@@ -206,9 +209,14 @@ class _Planner:
             return MODELS["gpt2_tiny"]
         micro_batch = self.options.micro_batch or self.profile.micro_batch or 1
         accumulation = self.options.accumulation or self.profile.accumulation or 1
-        best = largest_model(
-            MODELS.values(), lambda model: self.setting(model, micro_batch, accumulation), self.device_bytes
-        )
+        # Offloaded states: master weights, moments and gradients, 20 to 22 bytes a parameter in all ranks together.
+        host_bytes_per_parameter = 22 if self.profile.offload_optimizer == "cpu" else 0
+        models = [
+            model
+            for model in MODELS.values()
+            if model.parameters * host_bytes_per_parameter <= self.machine.host_memory_bytes
+        ]
+        best = largest_model(models, lambda model: self.setting(model, micro_batch, accumulation), self.device_bytes)
         room = f"{self.device_bytes / GIB:.1f} GiB"
         if best is None:
             raise UserError(
@@ -304,17 +312,19 @@ class _Planner:
         # DeepSpeed's weights and ours for inference, and fp32 master weights with two moments.
         one = model.parameters * (2 * s + 12)
         needed = one * (self.options.get("keep") + 1)
+        # A resumed run's own checkpoints make room as new ones come.
+        present = sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*") if path.is_file())
         place = folder
         while not place.exists():
             place = place.parent
         if not os.access(place, os.W_OK):
-            self.problems.append(f"{place} is not writable: choose another folder with --logs.")
+            self.problems.append(f"{place} is not writable: choose another folder with --out.")
             return
-        free = shutil.disk_usage(place).free
+        free = shutil.disk_usage(place).free + present
         if free < needed:
             self.problems.append(
                 f"{folder} has room for {free / GIB:.1f} GiB, but {self.options.get('keep')} checkpoints of "
-                f"{one / GIB:.1f} GiB and the next one need {needed / GIB:.1f}: choose another --logs, or a smaller "
+                f"{one / GIB:.1f} GiB and the next one need {needed / GIB:.1f}: choose another --out, or a smaller "
                 "--keep."
             )
 
@@ -373,8 +383,8 @@ def memory_setting(
 
 
 def newest_run(logs: Path) -> Path | None:
-    """The run folder that was started or resumed last."""
-    plans = list(logs.glob("*/plan.json")) if logs.is_dir() else []
+    """The run folder with a complete checkpoint that was started or resumed last."""
+    plans = [path for path in logs.glob("*/plan.json") if any(path.parent.glob("checkpoints/step-*/manifest.json"))]
     return max(plans, key=lambda path: path.stat().st_mtime).parent if plans else None
 
 
@@ -382,20 +392,20 @@ def _run_folder(options: TrainOptions) -> tuple[Path, TrainOptions, bool]:
     """(the run's folder, the options completed from an earlier session's, whether the run is resumed)."""
     if not options.resume:
         # The launcher starts ranks at slightly different times: rank 0's plan is the one that counts, name included.
-        name = options.run or time.strftime("%Y%m%d-%H%M%S")
+        name = options.name or time.strftime("%Y%m%d-%H%M%S")
         if Path(name).name != name or name in (".", ".."):
-            raise UserError(f"--run is a name below {options.logs}/, not a path: '{name}'.")
-        folder = options.logs / name
+            raise UserError(f"--name is a name below {options.out}/, not a path: '{name}'.")
+        folder = options.out / name
         if (folder / "plan.json").exists():
             raise UserError(
-                f"The run folder {folder} exists already: add --resume to go on with it, or choose another --run."
+                f"The run folder {folder} exists already: add --resume to go on with it, or choose another --name."
             )
         return folder, options, False
-    named = options.logs / options.run if options.run else newest_run(options.logs)
+    named = options.out / options.name if options.name else newest_run(options.out)
     if named is None or not (named / "plan.json").is_file():
-        where = f"{named} is no run folder" if named else f"there is no run below {options.logs}/"
+        where = f"{named} is no run folder" if named else f"no run below {options.out}/ has a checkpoint"
         raise UserError(f"--resume has nothing to go on with: {where}. Leave --resume out to start a new run.")
-    return named, replace(options.over(_read_plan(named).get("options", {})), run=named.name), True
+    return named, replace(options.over(_read_plan(named).get("options", {})), name=named.name), True
 
 
 def _read_plan(folder: Path) -> dict[str, Any]:
@@ -405,7 +415,7 @@ def _read_plan(folder: Path) -> dict[str, Any]:
             raise ValueError("not an object")
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{folder / 'plan.json'} cannot be read ({error}): choose another --run to start a new one."
+            f"{folder / 'plan.json'} cannot be read ({error}): choose another --name to start a new one."
         ) from error
     return content
 
@@ -417,8 +427,13 @@ def _check_same_run(plan: Plan) -> None:
         for key, value in plan.identity().items()
         if earlier.get(key) != value
     ]
+    if differing and all(problem.startswith(("ranks", "global batch")) for problem in differing):
+        raise UserError(
+            f"The run {plan.folder} was trained on {earlier['ranks']} ranks: resume it with --gpus {earlier['ranks']} "
+            f"(or --num_gpus {earlier['ranks']} of the launcher)."
+        )
     if differing:
         raise UserError(
             f"The run folder {plan.folder} belongs to another plan: {'; '.join(differing)}. "
-            "Repeat the earlier settings to resume it, or choose another --run."
+            "Repeat the earlier settings to resume it, or choose another --name."
         )

@@ -16,7 +16,7 @@ from gpt2ds.plan import Plan, count_windows
 from gpt2ds.planning import resolve
 
 CPU = Machine(cpu_name="a CPU", cores=2, host_memory_bytes=24 * 2**30)
-RTX_4090 = GPU(name="NVIDIA GeForce RTX 4090", total_bytes=24_564 * MIB, free_bytes=card_bytes(24))
+RTX_4090 = GPU(name="NVIDIA GeForce RTX 4090", total_bytes=24_564 * MIB, free_bytes=24_207 * MIB)
 ONE_4090 = replace(CPU, gpus=(RTX_4090,))
 TWO_4090 = replace(CPU, gpus=(RTX_4090, RTX_4090))
 
@@ -33,7 +33,7 @@ def wide_corpus(tmp_path: Path) -> Path:
 
 
 def plan_of(data: Path, tmp_path: Path, machine: Machine, ranks: int = 1, **options: Any) -> Plan:
-    return resolve(TrainOptions(**({"data": data, "logs": tmp_path / "logs"} | options)), ranks=ranks, machine=machine)
+    return resolve(TrainOptions(**({"data": data, "out": tmp_path / "logs"} | options)), ranks=ranks, machine=machine)
 
 
 def write_profile(folder: Path, **batch: Any) -> str:

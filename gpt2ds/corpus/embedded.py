@@ -24,6 +24,7 @@ from gpt2ds.errors import UserError
 
 PACKAGES = ("torch", "numpy", "sympy", "networkx")
 NAME = "embedded"
+EMBEDDED_FOLDER = Path("data/embedded")
 
 _FILTER_VERSION = "1"  # raise it whenever the rules below change, so that a corpus made by the old ones is made anew
 _ORIGIN = "documentation on this machine"

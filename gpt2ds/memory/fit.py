@@ -4,10 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from gpt2ds.gpt2.config import GPT2Config
-from gpt2ds.memory.formula import MIB, Estimate, MemorySetting, predict
-
-# An RTX 4090 shows 23.6 GiB, of which the process itself takes about 470 MiB: so much can be reserved.
-CARD_24GB_BYTES = 23_700 * MIB
+from gpt2ds.memory.formula import Estimate, MemorySetting, predict
 
 # Between what tensors hold and what the caching allocator reserves for them lie 3 to 5% even with expandable segments.
 ALLOCATOR_SLACK = 1 - 22_900 / 23_700

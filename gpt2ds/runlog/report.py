@@ -1,12 +1,13 @@
 """The training log: `training_log.md` and its pictures, a pure function of the run folder.
 
-It reads plan.json, ds_config.json and metrics.jsonl and nothing else (not the clock, not the machine), so it can be
-written again at any time, also of a run that was interrupted or still goes on.
+`write_report` reads plan.json, ds_config.json and metrics.jsonl and nothing else (not the clock, not the machine), so
+the log can be written again at any time, also of a run that was interrupted or still goes on.
 """
 
 import json
 import math
 import re
+import shlex
 import statistics
 import time
 from collections.abc import Iterable, Sequence
@@ -99,6 +100,15 @@ def write_report(folder: Path) -> Path:
     return path
 
 
+def resume_command(plan: dict[str, Any]) -> str:
+    """What a user types to go on with the run of a plan.json, with as many ranks as it had."""
+    ranks, logs = plan.get("batch", {}).get("ranks", 1), plan.get("options", {}).get("out", "logs")
+    words = ["gpt2ds", "train", "--name", str(plan.get("run", {}).get("name", "RUN")), "--resume"]
+    words += ["--gpus", str(ranks)] if ranks != 1 else []
+    words += ["--out", str(logs)] if logs != "logs" else []
+    return shlex.join(words)
+
+
 def _read_json(folder: Path, names: Sequence[str]) -> list[dict[str, Any]]:
     if not folder.is_dir():
         raise UserError(f"There is no run folder {folder}; `ls logs` shows those that there are.")
@@ -123,7 +133,7 @@ def _head(history: History, plan: dict[str, Any], folder_name: str) -> list[str]
     name = str(plan.get("run", {}).get("name") or folder_name)
     lines = [f"# Training log: {_safe(name)}", "", f"**{_safe(_outcome(history, plan))}**", ""]
     if history.end is None or history.end.get("reason") != "completed":
-        lines += ["To go on with it:", "", *_fence(f"gpt2ds train --run {name} --resume", "bash"), ""]
+        lines += ["To go on with it:", "", *_fence(resume_command(plan), "bash"), ""]
     return lines
 
 

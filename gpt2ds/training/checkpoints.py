@@ -40,6 +40,10 @@ class Position:
     evaluate_every: int | None
     speed_measured: bool
     """Under --hours: whether warm-up and evaluation interval were fitted to the speed already."""
+    schedule: dict[str, Any]
+    """The schedule as the plan asked for it; when a resume asks for another, that one counts."""
+    evaluated_at: int
+    """Step of the last evaluation."""
 
 
 def save(engine: TrainingEngine, folder: Path, position: Position, keep: int) -> tuple[str, int, float]:
@@ -74,7 +78,7 @@ def save(engine: TrainingEngine, folder: Path, position: Position, keep: int) ->
             "files": files,
         }
         write_atomically(target / MANIFEST, json.dumps(manifest, indent=1).encode())
-        _prune(folder, keep)
+        _prune(folder, name, keep)
     dist.barrier()
     return name, int(share(size)), time.monotonic() - start
 
@@ -82,27 +86,21 @@ def save(engine: TrainingEngine, folder: Path, position: Position, keep: int) ->
 def load(engine: TrainingEngine, folder: Path, passed_over: Callable[[str], None]) -> tuple[str, Position]:
     """Puts every rank where the newest checkpoint that holds left off; returns (name, position).
 
-    passed_over: told of each newer checkpoint that is damaged, and why. Raises UserError when none holds, or when it
-    was written by another number of ranks or ZeRO stage.
+    passed_over: told of each newer checkpoint that is damaged, and why. Raises UserError when none holds.
     """
     found: tuple[str, dict[str, Any]] | None = None
+    damages: list[str] = []
     if engine.ranks.rank == 0:
-        found = newest(folder, passed_over)
-    found = share(found)
+        found = newest(folder, damages.append)
+    found, damages = share((found, damages))
+    for damage in damages:
+        passed_over(damage)
     if found is None:
         raise UserError(
-            f"--resume found no complete checkpoint in {folder}: start a new run without --resume, under another --run."
+            f"--resume found no complete checkpoint in {folder}: leave --resume out and choose another --name."
+            + "".join(f" {damage}" for damage in damages)
         )
     name, manifest = found
-    for what, then, now in (
-        ("ranks", manifest["ranks"], engine.ranks.world_size),
-        ("ZeRO stage", manifest["zero_stage"], engine.plan.profile.zero_stage),
-    ):
-        if then != now:
-            raise UserError(
-                f"{folder / name} was saved with {what} {then}, this run has {what} {now}: "
-                f"resume it with {what} {then}."
-            )
     loaded, _ = engine.engine.load_checkpoint(str(folder), tag=name, load_lr_scheduler_states=False)
     assert loaded is not None, "a checkpoint whose manifest holds is one that DeepSpeed finds"
     position = Position(**manifest["position"])
@@ -110,18 +108,23 @@ def load(engine: TrainingEngine, folder: Path, passed_over: Callable[[str], None
     return name, position
 
 
-def newest(folder: Path, passed_over: Callable[[str], None]) -> tuple[str, dict[str, Any]] | None:
-    """(name, manifest) of the newest checkpoint of a run whose files are all as its manifest says."""
+def newest(
+    folder: Path, passed_over: Callable[[str], None], only: str | None = None
+) -> tuple[str, dict[str, Any]] | None:
+    """(name, manifest) of the newest checkpoint of a run whose files are all as its manifest says.
+
+    only: look at this one file, when the others are not needed; the rest may be gigabytes.
+    """
     for path in sorted(folder.glob("step-*"), reverse=True):
-        damage = verify(path)
+        damage = verify(path, only)
         if damage is None:
             return path.name, json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         passed_over(f"Checkpoint {path.name} is passed over: {damage}.")
     return None
 
 
-def verify(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None when every file is there and unchanged."""
+def verify(path: Path, only: str | None = None) -> str | None:
+    """What is wrong with a checkpoint (or with `only` that file of it), or None when all is there and unchanged."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -135,6 +138,8 @@ def verify(path: Path) -> str | None:
         for name, expected in manifest["files"].items():
             if Path(name).name != name:
                 return f"its manifest names a file outside the folder: {name}"
+            if only not in (None, name):
+                continue
             file = path / name
             if not file.is_file():
                 return f"{name} is missing"
@@ -154,20 +159,27 @@ def newest_weights(run: Path, passed_over: Callable[[str], None]) -> tuple[Path,
 
     Raises UserError when the run has none.
     """
-    found = newest(run / "checkpoints", passed_over)
+    found = newest(run / "checkpoints", passed_over, only=WEIGHTS)
     if found is None:
         raise UserError(
-            f"{run} has no complete checkpoint: train it first (gpt2ds train --run {run.name}), or give another run."
+            f"{run} has no complete checkpoint: train it first (gpt2ds train --name {run.name}), or give another run."
         )
     name, manifest = found
     return run / "checkpoints" / name / WEIGHTS, Position(**manifest["position"])
 
 
-def _prune(folder: Path, keep: int) -> None:
-    complete = sorted((path for path in folder.glob("step-*") if (path / MANIFEST).is_file()), reverse=True)
-    for path in complete[keep:]:
+def _prune(folder: Path, newest_name: str, keep: int) -> None:
+    """Keeps the `keep` newest complete checkpoints up to the one just written.
+
+    Later ones were damaged and passed over by a resume, those without a manifest never completed.
+    """
+    complete = sorted(
+        (path for path in folder.glob("step-*") if path.name <= newest_name and (path / MANIFEST).is_file()),
+        reverse=True,
+    )
+    for path in set(folder.glob("step-*")) - set(complete[:keep]):
         # The manifest goes first: half a folder must not look like a checkpoint.
-        (path / MANIFEST).unlink()
+        (path / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)
 
 

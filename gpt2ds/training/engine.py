@@ -4,11 +4,9 @@ References are to deepspeed 0.19.8.
 """
 
 import contextlib
-import io
 import logging
 import math
 import os
-import socket
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from gpt2ds.devices import free_port
 from gpt2ds.gpt2.model import GPT2
 from gpt2ds.plan import Plan
 
@@ -42,7 +41,7 @@ def start_ranks(device_kind: str, *, memory_cap_bytes: int | None = None) -> Ran
     if "RANK" not in os.environ:
         # Without these DeepSpeed looks for MPI and dies of its absence (comm/comm.py:898).
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(alone | {"MASTER_PORT": str(_free_port())})
+        os.environ.update(alone | {"MASTER_PORT": str(free_port())})
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     world_size = int(os.environ["WORLD_SIZE"])
     if device_kind == "cuda":
@@ -92,9 +91,9 @@ def gather_numbers(numbers: list[float], device: torch.device) -> list[list[floa
 
 
 @contextlib.contextmanager
-def chatter_to(file: Path | None) -> Iterator[TextIO]:
-    """DeepSpeed's log lines, prints and deprecation warnings go to a file instead of the console (nowhere for None)."""
-    stream: TextIO = file.open("a", encoding="utf-8", buffering=1) if file else io.StringIO()
+def chatter_to(file: Path) -> Iterator[TextIO]:
+    """DeepSpeed's log lines and deprecation warnings go to a file instead of the console; yields the open file."""
+    stream = file.open("a", encoding="utf-8", buffering=1)
     handler = logging.StreamHandler(stream)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     library = logging.getLogger("DeepSpeed")
@@ -110,15 +109,17 @@ def chatter_to(file: Path | None) -> Iterator[TextIO]:
     finally:
         warnings.showwarning = shown
         library.handlers[:] = [logging.NullHandler()]
-        if file:
-            stream.close()
+        stream.close()
 
 
 class TrainingEngine:
     """One model under DeepSpeed: micro-steps, optimizer steps, and the numbers that come out of them."""
 
-    def __init__(self, plan: Plan, ranks: Ranks) -> None:
-        """Builds the model on the CPU from the plan's seed, the same on every rank, and hands it to DeepSpeed."""
+    def __init__(self, plan: Plan, ranks: Ranks, chatter: TextIO) -> None:
+        """Builds the model on the CPU from the plan's seed, the same on every rank, and hands it to DeepSpeed.
+
+        chatter: takes what DeepSpeed prints meanwhile.
+        """
         import deepspeed
 
         torch.manual_seed(plan.options.get("seed"))
@@ -130,7 +131,7 @@ class TrainingEngine:
         # The learning rate is ours, step by step. Until the first step it must be 0: in 16 bits ZeRO-0 makes Adam's
         # moments by a step on zero gradients (unfused_optimizer.py:425), which would decay the weights.
         config["optimizer"]["params"]["lr"] = 0.0
-        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints as well as logs
+        with contextlib.redirect_stdout(chatter):  # DeepSpeed prints as well as logs
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=model, model_parameters=parameter_groups(model, plan.profile.weight_decay), config=config
             )
@@ -171,8 +172,10 @@ class TrainingEngine:
         self.engine.step()
         taken = self.engine.skipped_steps == skipped_before
         self.skipped_steps += not taken
-        norm = self.engine.get_global_grad_norm()
-        return float(norm) if norm is not None else float("nan"), taken
+        norm = float(self.engine.get_global_grad_norm())
+        if self.plan.profile.zero_stage == 0 and self.loss_scale:
+            norm /= self.loss_scale  # left in by this one (unfused_optimizer.py:224)
+        return norm, taken
 
     def _plain_step(self) -> tuple[float, bool]:
         gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
@@ -245,9 +248,3 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 def _dimensions(parameter: nn.Parameter) -> int:
     # Under zero.Init a parameter is an empty vector, and its true shape stands beside it.
     return len(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

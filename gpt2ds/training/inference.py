@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,10 +24,8 @@ class ValidationResult:
     """Mean loss per token in nats over the windows looked at."""
 
     loss: float
-    step: int
     windows: int
     tokens: int
-    folder: Path
 
     @property
     def perplexity(self) -> float:
@@ -35,17 +33,27 @@ class ValidationResult:
         return math.exp(self.loss)
 
 
+def load_run(run: Path, tell: Callable[[str], None]) -> tuple[GPT2, Position]:
+    """The model of a run's newest checkpoint whose weights hold, on the GPU if there is one, and where it stood.
+
+    tell: told of newer checkpoints that are passed over. Raises UserError when the run has none.
+    """
+    if not (run / "plan.json").is_file():
+        raise UserError(f"{run} is not a run folder (no plan.json): give the path of one, or its name below logs/.")
+    path, position = newest_weights(run, tell)
+    model = load_model(path)
+    return (model.cuda() if torch.cuda.is_available() else model), position
+
+
 def continue_text(
-    run: Path, prompt: str, *, tokens: int, temperature: float, top_k: int | None, seed: int
+    model: GPT2, prompt: str, *, tokens: int, temperature: float, top_k: int | None, seed: int
 ) -> Iterator[str]:
     """Yields the prompt's continuation piece by piece, ending where the model ends the document.
 
-    Raises UserError for values that make no sense and for a run without a checkpoint.
+    Raises UserError for values that make no sense.
     """
     if tokens < 1 or temperature < 0 or (top_k is not None and top_k < 1):
         raise UserError("--tokens must be at least 1, --temperature and --top-k must not be negative.")
-    model, _ = _load(run)
-    device = next(model.parameters()).device
     tokenizer = load_tokenizer()
     pending = b""
     for token in sample_tokens(
@@ -56,7 +64,7 @@ def continue_text(
         temperature=temperature,
         top_k=top_k,
         seed=seed,
-        device=device,
+        device=model.wte.weight.device,
         stop_at=tokenizer.eot_token,
     ):
         if token == tokenizer.eot_token:
@@ -71,40 +79,30 @@ def continue_text(
         yield pending.decode("utf-8", errors="replace")
 
 
-def validation_loss(run: Path, data: Path | None, *, windows: int | None, micro_batch: int) -> ValidationResult:
-    """The newest checkpoint's loss over a corpus' validation windows, all of them when `windows` is None.
+def validation_folder(run: Path) -> Path:
+    """The corpus that a run was trained on; UserError when its plan cannot be read."""
+    try:
+        return Path(json.loads((run / "plan.json").read_text(encoding="utf-8"))["data"]["folder"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{run / 'plan.json'} does not say what the run was trained on: give --data.") from error
 
-    Raises UserError when run or data are not there, or do not belong together.
+
+def validation_loss(model: GPT2, data: Path, *, windows: int | None, micro_batch: int) -> ValidationResult:
+    """The model's loss over a corpus' validation windows, all of them when `windows` is None.
+
+    Raises UserError when the corpus is not there, or of another vocabulary.
     """
     if micro_batch < 1 or (windows is not None and windows < 1):
         raise UserError("--micro-batch and --windows must be at least 1.")
-    model, position = _load(run)
-    folder = data or Path(json.loads((run / "plan.json").read_text(encoding="utf-8"))["data"]["folder"])
-    corpus = open_corpus(folder)
+    corpus = open_corpus(data)
     check_ids(corpus, model.config.vocab_size)
     source = Windows(corpus.val, model.config.context_length)
     chosen = fixed_windows(source, windows or len(source))
-    device = next(model.parameters()).device
     total = 0.0
     with torch.no_grad():
         for start in range(0, len(chosen), micro_batch):
             part = chosen[start : start + micro_batch]
-            total += float(model(*to_device(source[part], device))) * len(part)
+            total += float(model(*to_device(source[part], model.wte.weight.device))) * len(part)
     return ValidationResult(
-        loss=total / len(chosen),
-        step=position.step,
-        windows=len(chosen),
-        tokens=len(chosen) * model.config.context_length,
-        folder=folder,
+        loss=total / len(chosen), windows=len(chosen), tokens=len(chosen) * model.config.context_length
     )
-
-
-def _load(run: Path) -> tuple[GPT2, Position]:
-    if not (run / "plan.json").is_file():
-        raise UserError(f"{run} is not a run folder (no plan.json): give the path of one, or its name below logs/.")
-    passed_over: list[str] = []
-    path, position = newest_weights(run, passed_over.append)
-    model = load_model(path)
-    if not torch.cuda.is_available():
-        return model, position
-    return model.cuda(), position

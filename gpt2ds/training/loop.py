@@ -9,7 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 
 from gpt2ds import __version__
 from gpt2ds.corpus.batches import Batches, Windows
+from gpt2ds.devices import card_bytes
 from gpt2ds.errors import UserError
 from gpt2ds.files import write_atomically
 from gpt2ds.options import DEFAULTS
@@ -33,6 +34,9 @@ from gpt2ds.training.schedule import LearningRate
 # Under --hours the number of steps is estimated once so much of the time has gone, but not before so many steps.
 ESTIMATE_AFTER_FRACTION = 0.01
 ESTIMATE_AFTER_STEPS = 5
+
+# Of the time, kept free for checkpoints in that estimate; what one takes is not known before the first.
+CHECKPOINTS_SHARE = 0.02
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,36 +59,36 @@ def train(plan: Plan, recorder_for: Callable[[Plan], Recorder]) -> Outcome:
     recorder_for: makes rank 0's recorder once the run folder is there. Raises UserError when a resume is not possible,
     and whatever the engine raises; the log then ends with the reason.
     """
-    cap = plan.device_bytes if plan.options.gpu_memory else None
+    cap = card_bytes(plan.options.gpu_memory) if plan.options.gpu_memory else None
     ranks = start_ranks(plan.device_kind, memory_cap_bytes=cap)
-    with ExitStack() as stack:
-        stack.callback(stop_ranks)
-        # Folder names carry the time and memory can differ between cards: one plan must count, and it is rank 0's.
-        plan = share(plan)
-        recorder: Recorder = NullLog()
-        plan.folder.mkdir(parents=True, exist_ok=True)
-        if ranks.rank == 0:
-            recorder = recorder_for(plan)
-        stack.callback(recorder.close)
-        stack.enter_context(chatter_to(plan.folder / "deepspeed.log"))
-        signals = stack.enter_context(StopSignals())
-        run = _Run(plan, TrainingEngine(plan, ranks), recorder, signals)
+    # Folder names carry the time and memory can differ between cards: one plan must count, and it is rank 0's.
+    plan = share(plan)
+    recorder: Recorder = NullLog()
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    if ranks.rank == 0:
+        recorder = recorder_for(plan)
+    with closing(recorder), chatter_to(plan.folder / "deepspeed.log") as chatter, StopSignals() as signals:
+        run = None
         try:
+            run = _Run(plan, TrainingEngine(plan, ranks, chatter), recorder, signals)
             reason, completed, failed = run.go()
         except UserError:
             raise  # a resume that is refused: the run is as it was
         except BaseException as error:
-            recorder.record("end", run.step, reason=f"failed: {_first_line(error)}", **run.totals())
-            raise
+            step, totals = (run.step, run.totals()) if run else (0, {"tokens": 0, "elapsed_seconds": 0.0})
+            with suppress(OSError):  # on a full disk the first error is the one to see
+                recorder.record("end", step, reason=f"failed: {_first_line(error)}", **totals)
+            raise  # without leaving the group in good order: the other ranks may wait in the middle of a collective
         recorder.record("end", run.step, reason=reason, **run.totals())
-        return Outcome(
-            reason=reason,
-            step=run.step,
-            completed=completed,
-            failed=failed,
-            is_main=ranks.rank == 0,
-            folder=plan.folder,
-        )
+        stop_ranks()
+    return Outcome(
+        reason=reason,
+        step=run.step,
+        completed=completed,
+        failed=failed,
+        is_main=ranks.rank == 0,
+        folder=plan.folder,
+    )
 
 
 class _Run:
@@ -137,7 +141,7 @@ class _Run:
     def go(self) -> tuple[str, bool, bool]:
         """Trains to the end; returns (reason, completed, failed)."""
         self.start()
-        if self.step == 0:
+        if self.step == 0 or self._evaluation_due():
             self.evaluate()
         reason, completed, failed = self.until_end()
         if not failed:
@@ -153,11 +157,14 @@ class _Run:
         passed_over: list[str] = []
         if self.plan.resumed:
             resumed_from, position = checkpoints.load(self.engine, self.plan.folder / "checkpoints", passed_over.append)
-            self.step = self.saved_at_step = self.evaluated_at = position.step
+            self.step = self.saved_at_step = position.step
+            self.evaluated_at = position.evaluated_at
             self.clock = Clock(position.elapsed_seconds)
-            self.rate = self._rate_after(LearningRate(**position.learning_rate))
-            self.evaluate_every = self.plan.options.evaluate_every or position.evaluate_every
-            self.speed_measured = position.speed_measured
+            # The schedule goes on as it was decided, unless another one is asked for now.
+            if position.schedule == asdict(self.plan.schedule):
+                self.rate = LearningRate(**position.learning_rate)
+                self.speed_measured = position.speed_measured
+                self.evaluate_every = self.plan.options.evaluate_every or position.evaluate_every
         if self.engine.ranks.rank == 0:
             # Only now that nothing can be refused any more: an earlier session's plan stays until then.
             _write_plan(self.plan)
@@ -176,13 +183,6 @@ class _Run:
         for sentence in passed_over:
             self.recorder.record("incident", self.step, what=sentence)
 
-    def _rate_after(self, stored: LearningRate) -> LearningRate:
-        """A resumed run keeps the schedule it was on, unless the user now asks for another end."""
-        asked = self.plan.schedule.total_steps
-        if asked is not None and asked != stored.total_steps:
-            return LearningRate.of(self.plan.schedule)
-        return stored
-
     def until_end(self) -> tuple[str, bool, bool]:
         """Step after step, until the steps, the time or the user's patience are used up."""
         while self.rate.total_steps is None or self.step < self.rate.total_steps:
@@ -190,11 +190,11 @@ class _Run:
             if not self.finiteness.saw(self.taken):
                 return f"failed: the gradient was not finite in {self.finiteness.in_a_row} steps in a row", False, True
             self.fit_to_time(time_used)
-            if received:
+            if received and self.step != self.rate.total_steps:
                 return f"interrupted by {signal.Signals(received).name}", False, False
             if time_used >= 1.0:
                 return "time budget reached", True, False
-            if self.evaluate_every and self.step % self.evaluate_every == 0:
+            if self._evaluation_due():
                 self.evaluate()
             if save_due:
                 self.save()
@@ -260,6 +260,10 @@ class _Run:
         received = int(max(row[1] for row in rows))
         return received, rows[0][4], rows[0][5] > 0
 
+    def _evaluation_due(self) -> bool:
+        every = self.evaluate_every
+        return bool(every) and self.step % (every or 1) == 0 and self.evaluated_at != self.step
+
     def _time_used(self) -> float:
         hours = self.plan.schedule.hours
         return self.clock.elapsed_seconds / (hours * 3600) if hours else 0.0
@@ -286,7 +290,7 @@ class _Run:
             self.speed_measured = True
             self.evaluate_every = self.evaluate_every or evaluation_interval(total)
             if self.plan.options.warmup_steps is None:
-                self.rate = self.rate.with_default_warmup(total)
+                self.rate = self.rate.with_default_warmup(self.step, total)
         reason = f"{seconds:.3g} s a step leave room for so many in {schedule.hours:g} hours"
         if decay_due:
             self.rate = self.rate.decaying_from(self.step, total)
@@ -301,6 +305,8 @@ class _Run:
         """(seconds of a step, number of the last step that still ends in time), as rank 0's clock has it."""
         budget = (self.plan.schedule.hours or 0.0) * 3600
         left = budget - self.clock.elapsed_seconds - self.evaluation_seconds  # one evaluation comes after the last step
+        if left > self.plan.options.get("save_minutes") * 60:
+            left *= 1 - CHECKPOINTS_SHARE
         seconds = statistics.median(self.step_seconds[1:])  # the first step warms caches up
         if self.evaluate_every:
             seconds += self.evaluation_seconds / self.evaluate_every
@@ -335,6 +341,8 @@ class _Run:
             learning_rate=asdict(self.rate),
             evaluate_every=self.evaluate_every,
             speed_measured=self.speed_measured,
+            schedule=asdict(self.plan.schedule),
+            evaluated_at=self.evaluated_at,
         )
         name, size, seconds = checkpoints.save(
             self.engine, self.plan.folder / "checkpoints", position, self.plan.options.get("keep")

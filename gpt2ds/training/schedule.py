@@ -42,9 +42,9 @@ class LearningRate:
             start = max(self.warmup_steps, total_steps - max(1, round(total_steps * decay_fraction)))
         return replace(self, total_steps=total_steps, decay_start=start)
 
-    def with_default_warmup(self, total_steps: int) -> "LearningRate":
-        """The warm-up that fits a run of so many steps, when the user named none."""
-        return replace(self, warmup_steps=warmup_steps(total_steps))
+    def with_default_warmup(self, step: int, total_steps: int) -> "LearningRate":
+        """The warm-up that fits a run of so many steps, when the user named none; one that is over stays as it was."""
+        return self if step >= self.warmup_steps else replace(self, warmup_steps=warmup_steps(total_steps))
 
     def decaying_from(self, step: int, total_steps: int) -> "LearningRate":
         """Warm-up-stable-decay that starts its decay now, because the clock says so."""

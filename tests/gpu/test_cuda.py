@@ -21,7 +21,7 @@ STEPS = 12
 def test_every_shipped_profile_trains(tmp_path: Path, models_file: Path, corpus_folder: Path, name: str) -> None:
     result = run_cli(
         *("train", "--ds", name, "--model", "small", "--models-file", models_file, "--data", corpus_folder),
-        *("--micro-batch", 4, "--accumulation", 2, "--steps", STEPS, "--evaluate-every", STEPS, "--run", "a"),
+        *("--micro-batch", 4, "--accumulation", 2, "--steps", STEPS, "--evaluate-every", STEPS, "--name", "a"),
         *("--gpu-memory", 24),
         cwd=tmp_path,
         DS_ACCELERATOR="cuda",

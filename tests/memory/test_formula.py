@@ -9,12 +9,15 @@ from dataclasses import replace
 import pytest
 from support import PROFILES
 
+from gpt2ds.devices import card_bytes
 from gpt2ds.ds_profile import load_profile
 from gpt2ds.gpt2.config import MODELS
-from gpt2ds.memory.fit import CARD_24GB_BYTES, fits, largest_micro_batch, largest_model
+from gpt2ds.memory.fit import fits, largest_micro_batch, largest_model
 from gpt2ds.memory.formula import CUBLAS_WORKSPACE_BYTES, MIB, MemorySetting, predict, saved_bytes_per_token
 from gpt2ds.options import TrainOptions
 from gpt2ds.planning import memory_setting
+
+CARD_24GB_BYTES = card_bytes(24)
 
 LARGE = MemorySetting(
     model=replace(MODELS["gpt2_large"], qkv_bias=True),

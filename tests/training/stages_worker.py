@@ -4,6 +4,7 @@ path.
 Prints a JSON object of results on rank 0. Arguments: folder of profiles, models file, corpus.
 """
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from gpt2ds.gpt2.model import GPT2
 from gpt2ds.options import TrainOptions
 from gpt2ds.plan import Plan
 from gpt2ds.planning import resolve
+from gpt2ds.training import checkpoints
 from gpt2ds.training.engine import TrainingEngine, parameter_groups, start_ranks, stop_ranks
 from gpt2ds.training.evaluation import Evaluation, sample_text, to_device
 
@@ -61,6 +63,20 @@ def plain_torch(plan: Plan) -> tuple[list[float], dict[str, torch.Tensor]]:
     return norms, {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
+def position_at(step: int) -> checkpoints.Position:
+    return checkpoints.Position(
+        step=step,
+        sequences_seen=0,
+        elapsed_seconds=0.0,
+        skipped_steps=1,
+        learning_rate={},
+        evaluate_every=None,
+        speed_measured=False,
+        schedule={},
+        evaluated_at=0,
+    )
+
+
 def flat(weights: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.cat([weights[name].float().flatten() for name in sorted(weights)])
 
@@ -77,7 +93,7 @@ def main(profiles: Path, models_file: Path, corpus: Path) -> None:
         )
         plan = resolve(options, ranks=2)
         ranks = start_ranks(plan.device_kind)
-        engine = TrainingEngine(plan, ranks)
+        engine = TrainingEngine(plan, ranks, io.StringIO())
         steps = [one_step(engine, plan, step) for step in range(STEPS)]
         before = engine.gathered_weights()
 
@@ -94,6 +110,14 @@ def main(profiles: Path, models_file: Path, corpus: Path) -> None:
         evaluation = Evaluation(Windows(plan.corpus.val, plan.context), count=5, micro_batch=2)
         validation = evaluation.loss(engine)
         text = sample_text(engine, "Fruits", tokens=4, seed=0)
+
+        saved = corpus.parent / f"checkpoints-{path.stem}"
+        checkpoints.save(engine, saved, position_at(STEPS + 2), keep=1)
+        going_on = one_step(engine, plan, STEPS + 2)
+        resumed_engine = TrainingEngine(plan, ranks, io.StringIO())
+        _, position = checkpoints.load(resumed_engine, saved, print)
+        resumed = one_step(resumed_engine, plan, STEPS + 2)
+        going_on_weights, resumed_weights = engine.gathered_weights(), resumed_engine.gathered_weights()
         if ranks.rank == 0:
             norms, reference = plain_torch(plan)
             results[path.stem] = {
@@ -111,6 +135,9 @@ def main(profiles: Path, models_file: Path, corpus: Path) -> None:
                 "skipped": engine.skipped_steps,
                 "validation": validation,
                 "sample": text,
+                "resumed_step": position.step,
+                "resumed_equal": resumed == going_on
+                and all(torch.equal(resumed_weights[key], going_on_weights[key]) for key in going_on_weights),
             }
     stop_ranks()
     if ranks.rank == 0:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import cpu_environment, run_cli
+from support import cpu_environment, free_port, run_cli
 
 STEPS = 8
 
@@ -51,16 +51,17 @@ def losses(run: Path) -> dict[int, float]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, models_file: Path, corpus_folder: Path) -> Path:
-    """A two-rank ZeRO-2 run in fp32, started by --gpus 2, which ended by itself."""
+    """A two-rank ZeRO-2 run in fp32, started by the deepspeed program as a user would, which ended by itself."""
     folder = tmp_path_factory.mktemp("finished")
     profile = json.loads((Path(__file__).parents[2] / "ds_configs" / "zero2.json").read_text(encoding="utf-8"))
     del profile["bf16"]
     (folder / "zero2_fp32.json").write_text(json.dumps(profile), encoding="utf-8")
-    arguments = train_arguments(models_file, corpus_folder, ds="zero2_fp32.json", run="a", gpus=2)
-    result = run_cli(*arguments, cwd=folder)
+    arguments = train_arguments(models_file, corpus_folder, ds="zero2_fp32.json", name="a")
+    launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", 2, "--master_port", free_port()]
+    command = [*map(str, launcher), str(Path(__file__).parents[2] / "gpt2ds" / "cli.py"), *arguments]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "Training log: logs/a/training_log.md" in result.stdout
-    assert not result.stderr.strip(), result.stderr
     return folder
 
 
@@ -98,8 +99,11 @@ def test_resume_is_bit_equal_and_passes_over_a_damaged_checkpoint(
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
 
-    result = run_cli("train", "--resume", "--gpus", 2, cwd=tmp_path / "copy")
+    # In a user's own environment, where nothing says that there is no GPU.
+    command = [sys.executable, "-m", "gpt2ds", "train", "--resume", "--gpus", "2"]
+    result = subprocess.run(command, cwd=tmp_path / "copy", capture_output=True, text=True, timeout=240, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
+    assert not result.stderr.strip(), result.stderr
     (incident,) = records(run, "incident")
     assert "step-00000008 is passed over" in incident["what"]
     assert "model.safetensors was changed" in incident["what"]
@@ -124,35 +128,61 @@ def test_generate_evaluate_and_report_need_only_the_run_folder(finished: Path) -
     assert log.read_text(encoding="utf-8") == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("number", "gpus"), [(signal.SIGTERM, None), (signal.SIGINT, 2), (signal.SIGTERM, 2)])
 def test_a_signal_ends_a_run_with_a_checkpoint_and_a_log(
-    tmp_path: Path, models_file: Path, corpus_folder: Path, number: signal.Signals
+    tmp_path: Path, models_file: Path, corpus_folder: Path, number: signal.Signals, gpus: int | None
 ) -> None:
-    arguments = train_arguments(models_file, corpus_folder, run="a", steps=100_000, save_every=None)
+    arguments = train_arguments(models_file, corpus_folder, name="a", steps=100_000, save_every=None, gpus=gpus)
+    out = signalled(tmp_path, arguments, number, after="step")
+    assert f"Resume with: gpt2ds train --name a --resume{' --gpus 2' if gpus else ''}\n" in out
+    run = tmp_path / "logs" / "a"
+    last = records(run, "step")[-1]["step"]
+    assert records(run, "checkpoint")[-1]["name"] == f"step-{last:08d}"
+    assert records(run, "end")[-1]["reason"] == f"interrupted by {number.name}"
+    assert f"interrupted by {number.name}" in (run / "training_log.md").read_text(encoding="utf-8")
+
+
+def signalled(folder: Path, arguments: list[str], number: signal.Signals, after: str) -> str:
+    """Starts a run `a`, signals it once its metrics hold a record of this kind, and returns what it printed."""
     process = subprocess.Popen(
         [sys.executable, "-m", "gpt2ds", *arguments],
-        cwd=tmp_path,
+        cwd=folder,
         env=cpu_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
     try:
-        metrics = tmp_path / "logs" / "a" / "metrics.jsonl"
+        metrics = folder / "logs" / "a" / "metrics.jsonl"
         deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and not (metrics.exists() and '"kind": "step"' in metrics.read_text()):
+        while time.monotonic() < deadline and not (metrics.exists() and f'"kind": "{after}"' in metrics.read_text()):
             time.sleep(0.1)
         os.kill(process.pid, number)
         out, _ = process.communicate(timeout=30)
     finally:
         process.kill()
     assert process.returncode == 0, out
-    assert "Resume with: gpt2ds train --run a --resume" in out
+    return out
+
+
+def test_a_resumed_run_keeps_the_schedule_that_hours_decided(
+    tmp_path: Path, models_file: Path, corpus_folder: Path
+) -> None:
+    arguments = train_arguments(
+        models_file, corpus_folder, name="a", steps=None, hours=15 / 3600, save_every=None, evaluate_every=None
+    )
+    signalled(tmp_path, arguments, signal.SIGTERM, after="schedule")
     run = tmp_path / "logs" / "a"
-    last = records(run, "step")[-1]["step"]
-    assert records(run, "checkpoint")[-1]["name"] == f"step-{last:08d}"
-    assert records(run, "end")[-1]["reason"] == f"interrupted by {number.name}"
-    assert f"interrupted by {number.name}" in (run / "training_log.md").read_text(encoding="utf-8")
+    (decided,) = records(run, "schedule")
+    stopped = records(run, "step")[-1]
+    result = run_cli("train", "--resume", cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "time budget reached" in result.stdout or "completed" in result.stdout
+    assert records(run, "start")[-1]["total_steps"] == decided["total_steps"]
+    assert len(records(run, "schedule")) == 1
+    first = next(record for record in records(run, "step") if record["step"] == stopped["step"] + 1)
+    assert first["elapsed_seconds"] > stopped["elapsed_seconds"]
+    assert records(run, "end")[-1]["elapsed_seconds"] < 15 + 4
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])
@@ -163,14 +193,21 @@ def test_hours_end_a_run_in_time_with_a_finished_schedule(
     arguments = train_arguments(
         models_file,
         corpus_folder,
-        run="a",
+        name="a",
         steps=None,
         hours=seconds / 3600,
         schedule=schedule,
         save_every=None,
         evaluate_every=None,
     )
-    result = run_cli(*arguments, cwd=tmp_path)
+    if schedule == "wsd":  # under torchrun as well
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        command += [str(Path(__file__).parents[2] / "gpt2ds" / "cli.py"), *arguments]
+        result = subprocess.run(
+            command, cwd=tmp_path, env=cpu_environment(), capture_output=True, text=True, timeout=240, check=False
+        )
+    else:
+        result = run_cli(*arguments, cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     run = tmp_path / "logs" / "a"
     decided = records(run, "schedule")
@@ -195,7 +232,7 @@ def test_hours_end_a_run_in_time_with_a_finished_schedule(
         ({"context": 64}, "longer than the 32 tokens"),
         ({"schedule": "cosin"}, "did you mean cosine"),
         ({"micro_batch": 100_000}, "training windows"),
-        ({"run": "../elsewhere"}, "not a path"),
+        ({"name": "../elsewhere"}, "not a path"),
         ({"gpus": 0}, "--gpus must be at least 1"),
     ],
 )
@@ -211,11 +248,38 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
 
 def test_a_run_folder_of_another_plan_is_refused(finished: Path, models_file: Path) -> None:
     for extra, words in (
-        (["--run", "a"], "exists already"),
-        (["--run", "a", "--resume", "--gpus", 2, "--seed", 5], "seed was 1337 and is now 5"),
-        (["--run", "b", "--resume"], "no run folder"),
+        (["--name", "a"], "exists already"),
+        (["--name", "a", "--resume", "--gpus", 2, "--seed", 5], "seed was 1337 and is now 5"),
+        (["--name", "a", "--resume"], "was trained on 2 ranks: resume it with --gpus 2"),
+        (["--name", "a", "--resume", "--gpus", 2, "--ds", "fp32_baseline"], "ZeRO stage was 2 and is now 0"),
+        (["--name", "b", "--resume"], "no run folder"),
     ):
         result = run_cli("train", "--models-file", models_file, *extra, cwd=finished)
         assert result.returncode == 2, result.stdout + result.stderr
         assert words in result.stderr
         assert "Traceback" not in result.stderr
+
+
+def test_another_end_or_rate_asked_for_on_resuming_counts(
+    finished: Path, tmp_path: Path, models_file: Path, corpus_folder: Path
+) -> None:
+    arguments = train_arguments(models_file, corpus_folder, name="a", steps=3, save_every=None, evaluate_every=100)
+    assert run_cli(*arguments, cwd=tmp_path).returncode == 0
+    result = run_cli("train", "--resume", "--steps", 5, "--lr", 1e-5, "--schedule", "constant", cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    steps = records(tmp_path / "logs" / "a", "step")
+    assert [record["step"] for record in steps] == [1, 2, 3, 4, 5]
+    assert [record["lr"] for record in steps[3:]] == [1e-5, 1e-5]
+
+
+def test_pruning_keeps_the_newest_complete_ones_up_to_the_one_just_written(tmp_path: Path) -> None:
+    from gpt2ds.training.checkpoints import MANIFEST, _prune
+
+    for step, complete in ((2, True), (4, True), (5, False), (6, True), (8, True)):
+        folder = tmp_path / f"step-{step:08d}"
+        folder.mkdir()
+        (folder / "file").write_text("content")
+        if complete:
+            (folder / MANIFEST).write_text("{}")
+    _prune(tmp_path, "step-00000006", keep=2)  # 8 was damaged and passed over
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004", "step-00000006"]

@@ -68,6 +68,12 @@ def test_a_nan_on_one_rank_never_reaches_a_weight(results: dict[str, dict[str, A
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_resumed_engine_takes_the_very_same_step(results: dict[str, dict[str, Any]], name: str) -> None:
+    assert results[name]["resumed_step"] == 5
+    assert results[name]["resumed_equal"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_validation_and_samples_work(results: dict[str, dict[str, Any]], name: str) -> None:
     assert results[name]["validation"] == pytest.approx(math.log(50257), abs=0.5)
     assert results[name]["sample"]
