@@ -37,7 +37,7 @@ def test_no_module_bears_the_name_of_another(tmp_path: Path) -> None:
         assert name not in sys.stdlib_module_names, name
         found = importlib.util.find_spec(name)
         # A folder of the tests without an __init__.py is no module.
-        assert found is None or found.loader is None, f"{name} is installed at {found.origin}"
+        assert found is None or found.origin is None, f"{name} is installed at {found.origin}"
 
 
 def test_profiles_are_explained(tmp_path: Path) -> None:

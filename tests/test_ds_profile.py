@@ -112,8 +112,8 @@ BROKEN: dict[str, tuple[dict[str, Any], list[str]]] = {
     "auto accumulation": ({ACCUMULATION: "auto"}, ["goes only with"]),
     # the batch
     "no batch": ({MICRO: REMOVE}, ["the batch is missing"]),
-    "triple": ({TOTAL: 100}, ["100 is not", "size_per_gpu 8 × gradient_accumulation_steps 8", "64 or 128"]),
-    "too small": ({TOTAL: 10}, ["write 64,"]),
+    "triple": ({TOTAL: 100}, ["100 is not", "size_per_gpu 6 × gradient_accumulation_steps 8", "96 or 144"]),
+    "too small": ({TOTAL: 10}, ["write 48,"]),
     "auto with accumulation": ({MICRO: "auto", TOTAL: 12}, ["12 is not gradient_accumulation_steps 8", "8 or 16"]),
     # precision
     "both": ({"fp16": {"enabled": True}}, ["bf16 and fp16", "older"]),

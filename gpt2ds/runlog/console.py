@@ -191,7 +191,9 @@ class _State:
         return text + f" | best{since} {best:.4f} at step {self.best['step']:,}"
 
     def notes(self) -> str:
-        return "chosen by default: " + ("; ".join(self.start.get("notes") or []) or "nothing")
+        """What was chosen for the user, as sentences on one line."""
+        notes = [str(note).rstrip(".") for note in self.start.get("notes") or []]
+        return " ".join(f"{note[:1].upper()}{note[1:]}." for note in notes) or "Everything was asked for."
 
     def optimizer(self) -> str:
         text = f"lr {number(self.step, 'lr'):.2e} | grad norm {number(self.step, 'grad_norm'):.3f}"

@@ -69,9 +69,9 @@ def start_ranks(device_kind: str, *, memory_cap_bytes: int | None = None) -> Ran
 
 
 def stop_ranks() -> None:
-    """Leaves the process group, so that no rank's exit looks like a death to the others."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """Leaves the process group together, so that no rank's exit looks like a death to the others."""
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def share(value: Any) -> Any:

@@ -19,6 +19,9 @@ class LearningRate:
     total_steps: int | None
     decay_start: int | None
     """Warm-up-stable-decay: first step of the decay; None while it is not known."""
+    climb_start: int = 0
+    """First step of the climb to the peak, and the rate before it: not 0 when --hours set its length on the way."""
+    climb_start_lr: float = 0.0
 
     @classmethod
     def of(cls, schedule: Schedule) -> "LearningRate":
@@ -43,8 +46,14 @@ class LearningRate:
         return replace(self, total_steps=total_steps, decay_start=start)
 
     def with_default_warmup(self, step: int, total_steps: int) -> "LearningRate":
-        """The warm-up that fits a run of so many steps, when the user named none; one that is over stays as it was."""
-        return self if step >= self.warmup_steps else replace(self, warmup_steps=warmup_steps(total_steps))
+        """The warm-up that fits a run of so many steps, when the user named none and `step` steps are done.
+
+        One that is over stays as it was; else the rate climbs on from where it is, for at least as many steps again.
+        """
+        if step >= self.warmup_steps:
+            return self
+        end = max(warmup_steps(total_steps), 2 * step, 1)
+        return replace(self, climb_start=step, climb_start_lr=self.at(step - 1) if step else 0.0, warmup_steps=end)
 
     def decaying_from(self, step: int, total_steps: int) -> "LearningRate":
         """Warm-up-stable-decay that starts its decay now, because the clock says so."""
@@ -58,7 +67,8 @@ class LearningRate:
         linearly down to min_lr_ratio of it. constant: the peak.
         """
         if step < self.warmup_steps:
-            return self.peak_lr * (step + 1) / self.warmup_steps
+            done = (step + 1 - self.climb_start) / (self.warmup_steps - self.climb_start)
+            return self.climb_start_lr + (self.peak_lr - self.climb_start_lr) * done
         low = self.peak_lr * self.min_lr_ratio
         if self.kind == "constant" or self.total_steps is None:
             return self.peak_lr

@@ -31,6 +31,7 @@ from gpt2ds.corpus import prepare, units
 from gpt2ds.corpus.prepare import PrepareOptions
 units.UNIT_BYTES, prepare.JOURNAL_SECONDS = 10_000, 0.0
 stop_at, how = int(sys.argv[1]), int(sys.argv[2])
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it from the start
 calls = 0
 def progress(done, total, tokens):
     global calls

@@ -78,7 +78,7 @@ def shown(records: list[dict[str, Any]], terminal: bool, encoding: str = "utf-8"
 
 def test_plain_lines_say_everything_in_a_fixed_order_with_units() -> None:
     lines = shown(a_run(40), terminal=False).splitlines()
-    assert lines[0] == "chosen by default: tiny model, no GPU; x"
+    assert lines[0] == "Tiny model, no GPU. X."
     assert lines[1] == "novels | gpt2_tiny (3.2M parameters) | zero2 | 2 x NVIDIA RTX 4090"
     steps = [line for line in lines if line.startswith("step ")]
     assert len(steps) == 11, "the first ten and the last"

@@ -193,7 +193,7 @@ def test_interrupted_with_a_torn_line_and_no_evaluation(tmp_path: Path) -> None:
         file.write(b'{"kind": "step", "step": 8, "lo')
     text = write_report(folder).read_text()
     assert "**Interrupted by SIGTERM at step 7 of 200.**" in text
-    assert "```bash\ngpt2ds train --name novels --resume\n```" in text
+    assert "```bash\ngpt2ds train --name novels --resume --gpus 2\n```" in text
     assert "No evaluation yet." in text and "No sample yet." in text and "| Best validation loss | none yet |" in text
 
 

@@ -1,5 +1,7 @@
 """The learning rate as a function of the step."""
 
+import itertools
+
 import pytest
 
 from gpt2ds.plan import Schedule
@@ -55,3 +57,13 @@ def test_an_open_end_stays_at_the_peak_until_it_is_decided() -> None:
 
 def test_no_warm_up_is_allowed() -> None:
     assert rate("cosine", warmup=0).at(0) == pytest.approx(1.0)
+
+
+def test_a_warm_up_whose_length_is_found_on_the_way_climbs_on_from_where_it_is() -> None:
+    rates = rate("cosine", total=None, warmup=200)
+    for step, total in ((5, 100), (5, 2000), (100, 2000)):
+        fitted = rates.with_default_warmup(step, total).ending_at(total, 0.2)
+        climb = [rates.at(step - 1), *(fitted.at(later) for later in range(step, fitted.warmup_steps))]
+        assert all(0 < second - first < 0.25 for first, second in itertools.pairwise(climb))
+        assert climb[-1] == pytest.approx(1.0)
+    assert rates.with_default_warmup(300, 100_000) == rates
