@@ -39,7 +39,7 @@ def launch(ranks: int, arguments: list[str]) -> int:
     world = base64.urlsafe_b64encode(json.dumps({"localhost": devices[:ranks]}).encode()).decode()
     # The launcher itself, not the `deepspeed` program around it: that one ends on SIGTERM and leaves its ranks running.
     command = [
-        *(sys.executable, "-u", "-m", "deepspeed.launcher.launch", "--quiet", f"--world_info={world}"),
+        *(sys.executable, "-u", "-m", "deepspeed.launcher.launch", "--log_level=critical", f"--world_info={world}"),
         *("--master_addr=127.0.0.1", f"--master_port={free_port()}"),
         *(str(Path(__file__).with_name("cli.py")), *arguments),
     ]

@@ -225,6 +225,7 @@ def test_hours_end_a_run_in_time_with_a_finished_schedule(
     ("change", "words"),
     [
         ({"data": "nowhere"}, "nowhere"),
+        ({"data": "nowhere", "gpus": 2}, "nowhere"),
         ({"model": "gpt2-small"}, "did you mean 'gpt2_small'"),
         ({"ds": "zero2_fp16"}, "fp16, which needs a CUDA GPU"),
         ({"micro_batch": 0}, "--micro-batch must be above 0"),
@@ -243,6 +244,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     assert result.returncode == 2, result.stdout + result.stderr
     assert words in result.stderr
     assert "Traceback" not in result.stderr
+    assert "[ERROR]" not in result.stderr  # the launcher has nothing to add
     assert not (tmp_path / "logs").exists()
 
 
