@@ -6,7 +6,6 @@ the log can be written again at any time, also of a run that was interrupted or 
 
 import json
 import math
-import re
 import shlex
 import statistics
 import time
@@ -16,6 +15,7 @@ from typing import Any
 
 from gpt2ds.errors import UserError
 from gpt2ds.files import write_atomically
+from gpt2ds.runlog.markdown import details, fence, safe, table
 from gpt2ds.runlog.metrics import (
     METRICS_FILE,
     History,
@@ -131,9 +131,9 @@ def _read_json(folder: Path, names: Sequence[str]) -> list[dict[str, Any]]:
 
 def _head(history: History, plan: dict[str, Any], folder_name: str) -> list[str]:
     name = str(plan.get("run", {}).get("name") or folder_name)
-    lines = [f"# Training log: {_safe(name)}", "", f"**{_safe(_outcome(history, plan))}**", ""]
+    lines = [f"# Training log: {safe(name)}", "", f"**{safe(_outcome(history, plan))}**", ""]
     if history.end is None or history.end.get("reason") != "completed":
-        lines += ["To go on with it:", "", *_fence(resume_command(plan), "bash"), ""]
+        lines += ["To go on with it:", "", *fence(resume_command(plan), "bash"), ""]
     return lines
 
 
@@ -158,9 +158,9 @@ def _summary(history: History, plan: dict[str, Any]) -> list[str]:
     rates, mfu = _finite(history.steps, "tokens_per_second"), _finite(history.steps, "mfu")
     share = f" on {batch.get('ranks', '?')} ranks" if batch.get("ranks") != 1 else " on one rank"
     rows = [
-        ("Model", f"{_safe(str(model.get('name')))}, {number(model, 'parameters'):,.0f} parameters"),
-        ("Profile", _safe(str(plan.get("deepspeed", {}).get("profile", "unknown"))) + share),
-        ("Device", _safe(f"{devices.get('name') or devices.get('kind', 'unknown')}, {gib(_device_bytes(plan))}")),
+        ("Model", f"{safe(str(model.get('name')))}, {number(model, 'parameters'):,.0f} parameters"),
+        ("Profile", safe(str(plan.get("deepspeed", {}).get("profile", "unknown"))) + share),
+        ("Device", safe(f"{devices.get('name') or devices.get('kind', 'unknown')}, {gib(_device_bytes(plan))}")),
         ("Steps done", f"{history.last_step:,}" + (f" of {total:,}" if total else "")),
         ("Best validation loss", _loss(best)),
         ("Last validation loss", _loss(last_evaluation)),
@@ -174,7 +174,7 @@ def _summary(history: History, plan: dict[str, Any]) -> list[str]:
         ),
         ("Peak memory", _peak_against_device(history, plan)),
     ]
-    return ["## Summary", "", *_table(("", ""), rows), ""]
+    return ["## Summary", "", *table(("", ""), rows), ""]
 
 
 def _loss(evaluation: dict[str, Any] | None) -> str:
@@ -244,7 +244,7 @@ def _progress(history: History) -> list[str]:
                 duration(number(step, "elapsed_seconds")),
             )
         )
-    return [*lines, *_table(header, rows, left=0), ""]
+    return [*lines, *table(header, rows, left=0), ""]
 
 
 def _evaluations(history: History, plan: dict[str, Any]) -> list[str]:
@@ -266,7 +266,7 @@ def _evaluations(history: History, plan: dict[str, Any]) -> list[str]:
         cells += [f"{record.get('windows') or 0:,}", f"{number(record, 'seconds'):.1f}"]
         rows.append([f"**{cell}**" for cell in cells] if record is best else cells)
     header = ("step", "tokens", "validation loss", "perplexity", "windows", "seconds")
-    return [*lines, *_table(header, rows, left=0), "", "The best is in bold.", ""]
+    return [*lines, *table(header, rows, left=0), "", "The best is in bold.", ""]
 
 
 def _samples(history: History) -> list[str]:
@@ -278,8 +278,8 @@ def _samples(history: History) -> list[str]:
         lines += [f"{len(kept)} of {len(history.samples):,}; all of them are in `{METRICS_FILE}`.", ""]
     for record in reversed(kept):
         prompt, text = str(record.get("prompt", "")), str(record.get("text", ""))
-        quoted = _fence(text.removeprefix(prompt), "text")
-        lines += [f"Step {record['step']:,}: **{_safe(prompt.strip()) or '(no prompt)'}**", "", *quoted, ""]
+        quoted = fence(text.removeprefix(prompt), "text")
+        lines += [f"Step {record['step']:,}: **{safe(prompt.strip()) or '(no prompt)'}**", "", *quoted, ""]
     return lines
 
 
@@ -295,7 +295,7 @@ def _memory(history: History, plan: dict[str, Any]) -> list[str]:
     predicted = number(memory, "predicted_peak_bytes")
     rows = []
     if math.isfinite(predicted):
-        source = _safe(str(memory.get("source", "formula")))
+        source = safe(str(memory.get("source", "formula")))
         rows.append((f"predicted peak ({source})", gib(predicted), percent(predicted, size), ""))
     for rank, peak in enumerate(peaks):
         against = f"{100 * (peak / predicted - 1):+.1f}%" if predicted > 0 else "no prediction"
@@ -303,14 +303,14 @@ def _memory(history: History, plan: dict[str, Any]) -> list[str]:
     owner = "device" if cuda else "host"
     if rows:
         lines += [
-            *_table(("", "peak", f"of the {owner}'s {gib(size)}", "against the prediction"), rows, left=1),
+            *table(("", "peak", f"of the {owner}'s {gib(size)}", "against the prediction"), rows, left=1),
             "",
         ]
     if isinstance(parts := memory.get("parts"), dict) and parts:
         phase = f" in the phase `{memory['phase']}`" if memory.get("phase") else ""
-        rows_of_parts = [(_safe(str(name)), gib(number(parts, name)), f"{number(parts, name):,.0f}") for name in parts]
+        rows_of_parts = [(safe(str(name)), gib(number(parts, name)), f"{number(parts, name):,.0f}") for name in parts]
         lines += [f"What the prediction is made of{phase}:", ""]
-        lines += [*_table(("part", "size", "bytes"), rows_of_parts, left=1), ""]
+        lines += [*table(("part", "size", "bytes"), rows_of_parts, left=1), ""]
     return lines
 
 
@@ -321,13 +321,13 @@ def _configuration(plan: dict[str, Any], ds_config: dict[str, Any]) -> list[str]
             lines += [f"### {section}", "", *_section_table(plan[section]), ""]
     for section in FOLDED_SECTIONS:
         if plan.get(section):
-            lines += [*_details(f"{section}, as they were given", _section_table(plan[section])), ""]
+            lines += [*details(f"{section}, as they were given", _section_table(plan[section])), ""]
     text = json.dumps(ds_config, indent=2)
-    return [*lines, *_details("The DeepSpeed configuration, <code>ds_config.json</code>", _fence(text, "json")), ""]
+    return [*lines, *details("The DeepSpeed configuration, <code>ds_config.json</code>", fence(text, "json")), ""]
 
 
 def _section_table(section: dict[str, Any]) -> list[str]:
-    return _table(("setting", "value"), [(f"`{name}`", _value(name, value)) for name, value in section.items()])
+    return table(("setting", "value"), [(f"`{name}`", _value(name, value)) for name, value in section.items()])
 
 
 def _value(name: str, value: Any) -> str:
@@ -339,7 +339,7 @@ def _value(name: str, value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(_value(name, item) for item in value)
     if not isinstance(value, int | float):
-        return _safe(str(value)) if not isinstance(value, dict) else _safe(json.dumps(value))
+        return safe(str(value)) if not isinstance(value, dict) else safe(json.dumps(value))
     if name.endswith("_bytes"):
         return f"{gib(value)} ({value:,} bytes)"
     if name == "peak_flops":
@@ -360,19 +360,19 @@ def _machine(history: History) -> list[str]:
     hardware, versions = start.get("hardware") or {}, start.get("versions") or {}
     gpus = hardware.get("gpus") or []
     rows = [
-        (f"GPU {index}", f"{_safe(str(gpu.get('name')))}, {gib(number(gpu, 'total_bytes'))}")
+        (f"GPU {index}", f"{safe(str(gpu.get('name')))}, {gib(number(gpu, 'total_bytes'))}")
         for index, gpu in enumerate(gpus)
     ]
     rows += [
-        ("CPU", f"{_safe(str(hardware.get('cpu_name', 'unknown')))}, {hardware.get('host_cores', '?')} cores"),
+        ("CPU", f"{safe(str(hardware.get('cpu_name', 'unknown')))}, {hardware.get('host_cores', '?')} cores"),
         ("Host memory", gib(number(hardware, "host_memory_bytes"))),
     ]
-    versions_rows = [(_safe(str(name)), _safe(str(version))) for name, version in versions.items()]
-    lines = ["## Hardware", "", *_table(("", ""), rows), "", "## Versions", "", *_table(("", ""), versions_rows), ""]
+    versions_rows = [(safe(str(name)), safe(str(version))) for name, version in versions.items()]
+    lines = ["## Hardware", "", *table(("", ""), rows), "", "## Versions", "", *table(("", ""), versions_rows), ""]
     if notes := [note for start in history.starts[:1] for note in start.get("notes") or []]:
-        lines += ["## Chosen by default", "", *(f"- {_safe(str(note))}" for note in notes), ""]
+        lines += ["## Chosen by default", "", *(f"- {safe(str(note))}" for note in notes), ""]
     commands = list(dict.fromkeys(str(start.get("command", "")) for start in history.starts))
-    return [*lines, "## Command", "", *_fence("\n".join(commands), "bash"), ""]
+    return [*lines, "## Command", "", *fence("\n".join(commands), "bash"), ""]
 
 
 def _checkpoints(history: History) -> list[str]:
@@ -381,7 +381,7 @@ def _checkpoints(history: History) -> list[str]:
         return [*lines, "None yet.", ""]
     rows = [
         (
-            _safe(str(record.get("name"))),
+            safe(str(record.get("name"))),
             f"{record['step']:,}",
             gib(number(record, "bytes")),
             f"{number(record, 'seconds'):.1f}",
@@ -389,7 +389,7 @@ def _checkpoints(history: History) -> list[str]:
         for record in history.checkpoints
     ]
     about = "All that were written; the older ones may have been removed since."
-    return [*lines, about, "", *_table(("name", "step", "size", "seconds to write"), rows, left=1), ""]
+    return [*lines, about, "", *table(("name", "step", "size", "seconds to write"), rows, left=1), ""]
 
 
 def _events(history: History) -> list[str]:
@@ -404,8 +404,8 @@ def _events(history: History) -> list[str]:
             text = f"incident: {record.get('what')}"
         else:
             text = f"ended: {record.get('reason')}"
-        rows.append((_time(record["time"]), f"{record['step']:,}", _safe(text)))
-    return ["## Sessions and incidents", "", *_table(("time (UTC)", "step", "what happened"), rows)]
+        rows.append((_time(record["time"]), f"{record['step']:,}", safe(text)))
+    return ["## Sessions and incidents", "", *table(("time (UTC)", "step", "what happened"), rows)]
 
 
 def _finite(records: Iterable[dict[str, Any]], name: str) -> list[float]:
@@ -421,31 +421,3 @@ def _thinned(records: Sequence[dict[str, Any]], most: int) -> list[dict[str, Any
 
 def _time(text: str) -> str:
     return text.replace("T", " ").removesuffix("Z")
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int | None = None) -> list[str]:
-    """A Markdown table; the columns after the first `left` ones are set to the right."""
-    rules = ["---" if left is None or column < left else "---:" for column in range(len(header))]
-    return [_row(header), _row(rules), *(_row(row) for row in rows)]
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def _details(summary: str, lines: Sequence[str]) -> list[str]:
-    return ["<details>", f"<summary>{summary}</summary>", "", *lines, "", "</details>"]
-
-
-def _safe(text: str) -> str:
-    """Any text as one line of Markdown that shows it as it is: also in a table, also when it holds HTML."""
-    line = " ".join("".join(char if char.isprintable() else " " for char in text).split())
-    line = re.sub(r"([\\`*\[\]|~#$])", r"\\\1", line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
-    return re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", line)
-
-
-def _fence(text: str, language: str) -> list[str]:
-    """Any text as a code block: the fence is longer than any run of backticks in it, control characters are dropped."""
-    kept = "".join(char for char in "\n".join(text.splitlines()) if char in "\n\t" or char.isprintable())
-    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", kept)), default=0))
-    return [f"{fence}{language}", *kept.split("\n"), fence]
