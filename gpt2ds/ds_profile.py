@@ -14,6 +14,7 @@ from typing import Any
 from gpt2ds.ds_defaults import BUCKET_ELEMENTS, complete
 from gpt2ds.ds_keys import check_keys
 from gpt2ds.ds_rules import (
+    RECOMPUTE_POLICIES,
     combination_problems,
     dtype_of,
     offload_of,
@@ -34,10 +35,16 @@ class DsProfile:
     settings: dict[str, Any]
     description: str
     use_when: str
+    risk: str
+    """What may go wrong with the training itself; empty for what is proven."""
     recompute: str
-    """"none" or "full": whether a block's activations are computed again in the backward pass."""
+    """Which of a block's activations are kept, and which computed again: a name of `gpt2.policies`."""
     loss_chunk: int | None
     """Tokens whose logits exist at the same time; None leaves it to the program."""
+    compile: bool
+    """Whether torch.compile translates the blocks."""
+    eight_bit_states: bool
+    """Whether AdamW's moments are kept in 8 bits."""
     completions: tuple[str, ...]
 
     @property
@@ -58,6 +65,36 @@ class DsProfile:
     def immediate_grad_update(self) -> bool:
         """ZeRO-1 in bf16 with fp32 sums: true frees each 16-bit gradient at once, false keeps 2 bytes a parameter."""
         return bool(section(self.settings, "bf16").get("immediate_grad_update", False))
+
+    @property
+    def master_bytes(self) -> int:
+        """Bytes of each parameter in the optimizer's own weights."""
+        return 2 if section(self.settings, "bf16").get("bf16_master_weights_and_grads") else 4
+
+    @property
+    def moment_bytes(self) -> float:
+        """Bytes of each parameter's two moments; in 8 bits with an fp32 scale for each 256 of them."""
+        if self.eight_bit_states:
+            return 2 * (1 + 4 / 256)
+        return 4 if section(self.settings, "bf16").get("bf16_optimizer_states") else 8
+
+    @property
+    def compiled_operators(self) -> str | None:
+        """The operators of DeepSpeed's own that are compiled at the first start, in words; None for none."""
+        if "nvme" in (self.offload_optimizer, self.offload_param):
+            return "DeepSpeed's CPU Adam and its NVMe reader"
+        if self._optimizer_parameter("torch_adam") or self.eight_bit_states:
+            return None
+        return "DeepSpeed's CPU Adam" if self.offload_optimizer else "DeepSpeed's fused Adam"
+
+    @property
+    def pins_memory(self) -> bool:
+        """Whether offload buffers are page-locked."""
+        return any(
+            section(self.settings, f"zero_optimization.offload_{what}").get("pin_memory", True)
+            for what in ("optimizer", "param")
+            if offload_of(self.settings, what)
+        )
 
     @property
     def micro_batch_is_auto(self) -> bool:
@@ -188,7 +225,8 @@ def load_profile(path: Path | str) -> DsProfile:
             [f"{path}: {problem}".encode(errors="backslashreplace").decode() for problem in problems]
         )
     completions = complete(settings)
-    recompute = "full" if "activation_checkpointing" in settings else "none"
+    block = settings.get("activation_checkpointing")
+    recompute = "none" if block is None else "host" if block.get("cpu_checkpointing") else "full"
     return DsProfile(
         name=path.stem,
         path=path,
@@ -196,8 +234,11 @@ def load_profile(path: Path | str) -> DsProfile:
         settings=settings,
         description=own.get("description", ""),
         use_when=own.get("use_when", ""),
+        risk=own.get("risk", ""),
         recompute=own.get("recompute", recompute),
         loss_chunk=own.get("loss_chunk"),
+        compile=own.get("compile", False),
+        eight_bit_states=own.get("eight_bit_states", False),
         completions=tuple(completions),
     )
 
@@ -285,8 +326,11 @@ def _own_section(given: Any) -> tuple[dict[str, Any], list[str]]:
         model_config = ConfigDict(extra="forbid", strict=True)
         description: str = ""
         use_when: str = ""
-        recompute: Literal["none", "full"] = "none"
+        risk: str = ""
+        recompute: Literal[RECOMPUTE_POLICIES] = "none"  # type: ignore[valid-type]
         loss_chunk: int | None = Field(None, ge=1)
+        compile: bool = False
+        eight_bit_states: bool = False
 
     try:
         return Own.model_validate(given).model_dump(exclude_unset=True), []

@@ -8,6 +8,8 @@ from typing import Any
 
 Settings = dict[str, Any]
 
+RECOMPUTE_POLICIES = ("none", "products", "alternate", "narrow", "attention", "full", "host")
+
 OPTIMIZERS = {"adamw": "AdamW", "adam": "Adam"}  # those that gpt2ds trains GPT-2 with; "Adam" is AdamW to DeepSpeed too
 
 
@@ -237,7 +239,6 @@ def _recompute(settings: Settings) -> Iterator[str]:
     block = section(settings, "activation_checkpointing")
     reasons = {
         "partition_activations": "without tensor parallelism it saves nothing",
-        "cpu_checkpointing": "gpt2ds recomputes with PyTorch's checkpointing, which keeps them on the GPU",
         "contiguous_memory_optimization": "it needs partition_activations, which saves nothing here",
         "number_checkpoints": "gpt2ds recomputes every block",
         "synchronize_checkpoint_boundary": "it acts only in DeepSpeed's own checkpointing, which gpt2ds does not use",
@@ -246,6 +247,45 @@ def _recompute(settings: Settings) -> Iterator[str]:
     for key, reason in reasons.items():
         if block.get(key):
             yield f'activation_checkpointing.{key}: {reason}: remove it ("activation_checkpointing": {{}} is enough)'
+    policy = section(settings, "gpt2ds").get("recompute", "host")
+    if block.get("cpu_checkpointing") and policy != "host":
+        yield (
+            f'activation_checkpointing.cpu_checkpointing keeps what "gpt2ds": {{"recompute": "{policy}"}} does not: '
+            "remove one of them"
+        )
+
+
+def _compile(settings: Settings) -> Iterator[str]:
+    own = section(settings, "gpt2ds")
+    if not own.get("compile"):
+        return
+    if stage_of(settings) == 3:
+        yield (
+            "gpt2ds.compile: ZeRO-3 fetches weights in hooks that break every compiled block apart: "
+            "remove it, or write stage 1 or 2"
+        )
+    policy = own.get("recompute", "none")
+    if policy not in ("none", "full"):
+        yield (
+            f'gpt2ds.compile: the products that the recompute policy "{policy}" keeps do not exist in compiled blocks: '
+            'write "none" or "full"'
+        )
+
+
+def _eight_bit_states(settings: Settings) -> Iterator[str]:
+    if not section(settings, "gpt2ds").get("eight_bit_states"):
+        return
+    if offload_of(settings, "optimizer"):
+        yield "gpt2ds.eight_bit_states: offloaded states take no memory of the GPU: remove one of the two"
+    if section(settings, "bf16").get("bf16_master_weights_and_grads"):
+        yield "gpt2ds.eight_bit_states needs fp32 master weights: remove bf16_master_weights_and_grads"
+    if stage_of(settings) not in (1, 2):
+        yield f"gpt2ds.eight_bit_states works with ZeRO stage 1 and 2, not {stage_of(settings)}: write stage 2"
+    if not settings.get("zero_allow_untested_optimizer", True):
+        yield "gpt2ds.eight_bit_states: its AdamW is not DeepSpeed's own: remove zero_allow_untested_optimizer false"
+    for key in ("bias_correction", "fp32_optimizer_states", "foreach", "adam_w_mode"):
+        if key in section(settings, "optimizer.params"):
+            yield f"gpt2ds.eight_bit_states: bitsandbytes' AdamW does not take optimizer.params.{key}: remove it"
 
 
 def _elsewhere(settings: Settings) -> Iterator[str]:
@@ -266,6 +306,8 @@ _RULES: tuple[tuple[Callable[[Settings], Iterator[str]], str], ...] = (
     (_zero, "zero_optimization.stage"),
     (_offload, "zero_optimization.stage zero_optimization.offload_optimizer zero_optimization.offload_param"),
     (_optimizer, "optimizer.type"),
-    (_recompute, "activation_checkpointing"),
+    (_recompute, "activation_checkpointing gpt2ds"),
+    (_compile, "gpt2ds zero_optimization.stage"),
+    (_eight_bit_states, "gpt2ds bf16 optimizer zero_optimization.stage zero_optimization.offload_optimizer"),
     (_elsewhere, "checkpoint"),
 )

@@ -70,7 +70,11 @@ class TrainOptions:
     micro_batch: int | None = option(BATCH, "N", "Sequences per rank at a time. Default: the profile's.")
     accumulation: int | None = option(BATCH, "N", "Micro-batches per optimizer step. Default: the profile's.")
     context: int | None = option(BATCH, "TOKENS", "Tokens per sequence. Default: the model's.")
-    recompute: str | None = option(BATCH, "POLICY", "Activation checkpointing: none or full. Default: the profile's.")
+    recompute: str | None = option(
+        BATCH,
+        "POLICY",
+        "Activation checkpointing: none, products, alternate, narrow, attention, full or host. Default: the profile's.",
+    )
     gpu_memory: float | None = option(
         BATCH, "GB", "Train as if on a card of so many GB: 24 caps the allocator at 23,700 MiB."
     )

@@ -18,12 +18,15 @@ from typing import Any, TypeVar
 from gpt2ds.corpus.shards import Corpus, check_ids, open_corpus
 from gpt2ds.devices import CONTEXT_BYTES, Machine, card_bytes, this_machine
 from gpt2ds.ds_profile import DsProfile, load_profile
+from gpt2ds.ds_rules import RECOMPUTE_POLICIES
 from gpt2ds.errors import UserError
 from gpt2ds.gpt2.config import MODELS, GPT2Config, find_model, with_context
 from gpt2ds.memory.fit import fits, largest_micro_batch, largest_model
 from gpt2ds.memory.formula import DTYPE_BYTES, Estimate, MemorySetting, predict
+from gpt2ds.memory.host import predict_host
 from gpt2ds.options import DEFAULTS, PEAK_LR, TrainOptions
 from gpt2ds.plan import Plan, Schedule, count_windows, evaluation_interval, warmup_steps
+from gpt2ds.requirements import host_memory_problem, missing_requirements
 
 GIB = 2**30
 
@@ -34,24 +37,27 @@ LOSS_CHUNK = {"cpu": 512, "cuda": 1024}
 T = TypeVar("T")
 
 
-def resolve(options: TrainOptions, *, ranks: int, machine: Machine | None = None) -> Plan:
+def resolve(options: TrainOptions, *, ranks: int, machine: Machine | None = None, only_measured: bool = False) -> Plan:
     """Everything about a run decided and checked. Touches no GPU and imports no torch.
 
-    ranks: processes of the run (WORLD_SIZE). Raises UserError with every mistake found, a line each.
+    ranks: processes of the run (WORLD_SIZE). only_measured: a few steps for their speed and memory; no folder or disk
+    for checkpoints is asked for then, and the text may be shorter than a step. Raises UserError with every mistake
+    found, a line each.
     """
     machine = machine or this_machine()
     # A resumed run takes from its earlier session what was not asked for now, so this comes before everything else.
-    folder, options, resumed = _run_folder(options)
-    return _Planner(options, machine, ranks).plan(folder, resumed)
+    folder, options, resumed = (options.out, options, False) if only_measured else _run_folder(options)
+    return _Planner(options, machine, ranks, only_measured).plan(folder, resumed)
 
 
 class _Planner:
     """One resolution: what was asked, what is decided so far, and the problems and notes on the way."""
 
-    def __init__(self, options: TrainOptions, machine: Machine, ranks: int) -> None:
+    def __init__(self, options: TrainOptions, machine: Machine, ranks: int, only_measured: bool) -> None:
         self.options = options
         self.machine = machine
         self.ranks = ranks
+        self.only_measured = only_measured
         self.notes: list[str] = []
         self.problems: list[str] = []
 
@@ -62,7 +68,7 @@ class _Planner:
         named = self.options.model
         model = self.attempt(lambda: find_model(named, self.options.models_file)) if named else None
         if profile:
-            self.check_devices(profile)
+            self.check_machine(profile)
         self.stop_at_problems()
         assert profile is not None and corpus is not None
         self.profile, self.corpus = profile, corpus
@@ -80,8 +86,10 @@ class _Planner:
         micro_batch, accumulation = self.batch(model)
         global_batch = micro_batch * accumulation * self.ranks
         estimate = self.estimate(model, micro_batch, accumulation)
+        self.check_host_memory(model, micro_batch, accumulation)
         self.check_data(model, global_batch)
-        self.check_disk(folder, model)
+        if not self.only_measured:
+            self.check_disk(folder, model)
         self.stop_at_problems()
         schedule = self.schedule(model, global_batch)
         plan = Plan(
@@ -143,34 +151,33 @@ class _Planner:
             self.problems.append("--steps, --tokens and --hours each say where the run ends: give one of them.")
         for name, value, allowed in (
             ("schedule", self.options.get("schedule"), ("cosine", "constant", "wsd")),
-            ("recompute", self.options.recompute or "none", ("none", "full")),
+            ("recompute", self.options.recompute or "none", RECOMPUTE_POLICIES),
         ):
             if value not in allowed:
                 near = difflib.get_close_matches(value, allowed, n=1)
                 hint = f"did you mean {near[0]}? " if near else ""
                 self.problems.append(f"--{name} {value}: {hint}It is one of {', '.join(allowed)}.")
 
-    def check_devices(self, profile: DsProfile) -> None:
-        """Whether this machine can run the profile on so many ranks."""
-        if profile.dtype == "fp16" and self.machine.kind == "cpu":
+    def check_machine(self, profile: DsProfile) -> None:
+        """Whether this machine has what the profile needs."""
+        recompute = self.options.recompute or profile.recompute
+        self.problems += missing_requirements(profile, recompute, self.machine, self.ranks_here)
+        if profile.compile and recompute not in ("none", "full"):
             self.problems.append(
-                f"{profile.name} trains in fp16, which needs a CUDA GPU: take the bf16 profile of the same stage "
-                f"(zero{profile.zero_stage}.json), which also runs on a CPU."
+                f"--recompute {recompute} keeps products that do not exist in compiled blocks: take none or full, or a "
+                "profile without compile."
             )
-        # torch calls bf16 supported on older cards as well, and emulates it.
-        old = [gpu.name for gpu in self.machine.gpus if (gpu.compute_capability or (8, 0)) < (8, 0)]
-        if profile.dtype == "bf16" and old:
-            self.problems.append(
-                f"{profile.name} trains in bf16, which {old[0]} has no hardware for: take zero2_fp16.json or "
-                "zero3_fp16.json."
-            )
-        here = self.ranks_here
-        gpus = len(self.machine.gpus)
-        if gpus and here > gpus:
-            self.problems.append(
-                f"{here} ranks on this machine but {gpus} GPU{'s' * (gpus > 1)}: start at most {gpus} "
-                f"(--num_gpus {gpus})."
-            )
+
+    def check_host_memory(self, model: GPT2Config, micro_batch: int, accumulation: int) -> None:
+        """Whether the host can build the model and hold what is offloaded to it; on a CPU, all of the training."""
+        setting = self.setting(model, micro_batch, accumulation)
+        parts = predict_host(setting, ranks_here=self.ranks_here, pinned=self.profile.pins_memory)
+        if self.machine.kind == "cpu":
+            # There every byte is the host's. What is offloaded only moves from one part of it to another.
+            on_host = replace(setting, offload_optimizer=False, offload_param=False, loss_chunk=LOSS_CHUNK["cpu"])
+            parts = {name: size * self.ranks_here for name, size in predict(on_host).parts.items()}
+        if problem := host_memory_problem(parts, self.machine):
+            self.problems.append(problem)
 
     def open_corpus(self) -> Corpus:
         """The user's shards, or the embedded text, prepared if need be."""
@@ -209,12 +216,17 @@ class _Planner:
             return MODELS["gpt2_tiny"]
         micro_batch = self.options.micro_batch or self.profile.micro_batch or 1
         accumulation = self.options.accumulation or self.profile.accumulation or 1
-        # Offloaded states: master weights, moments and gradients, 20 to 22 bytes a parameter in all ranks together.
-        host_bytes_per_parameter = 22 if self.profile.offload_optimizer == "cpu" else 0
         models = [
             model
             for model in MODELS.values()
-            if model.parameters * host_bytes_per_parameter <= self.machine.host_memory_bytes
+            if not host_memory_problem(
+                predict_host(
+                    self.setting(model, micro_batch, accumulation),
+                    ranks_here=self.ranks_here,
+                    pinned=self.profile.pins_memory,
+                ),
+                self.machine,
+            )
         ]
         best = largest_model(models, lambda model: self.setting(model, micro_batch, accumulation), self.device_bytes)
         room = f"{self.device_bytes / GIB:.1f} GiB"
@@ -295,13 +307,13 @@ class _Planner:
         else:
             self.attempt(lambda: check_ids(corpus, model.vocab_size))
         train, val = count_windows(corpus, "train", context), count_windows(corpus, "val", context)
-        if train < global_batch:
+        if train < (1 if self.only_measured else global_batch):
             fix = f"a global batch of at most {train}" if train else "a shorter --context"
             self.problems.append(
                 f"{corpus.folder} has {train} training windows of {context} tokens, fewer than the {global_batch} "
                 f"sequences of one step: give more text, or {fix}."
             )
-        if val == 0:
+        if val == 0 and not self.only_measured:
             self.problems.append(
                 f"{corpus.folder} has no validation window of {context} tokens: give more text or a shorter --context."
             )
@@ -379,6 +391,8 @@ def memory_setting(
         offload_param=profile.offload_param is not None,
         live_parameter_elements=profile.live_parameter_elements,
         sub_group_elements=profile.sub_group_elements,
+        master_bytes=profile.master_bytes,
+        moment_bytes=profile.moment_bytes,
     )
 
 

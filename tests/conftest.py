@@ -3,6 +3,7 @@
 import pydoc_data.topics
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 # Wide enough to have every kind of layer, small enough that a step takes milliseconds.
@@ -34,3 +35,16 @@ def models_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models") / "models.yaml"
     path.write_text(SMALL_MODEL, encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def wide_corpus(tmp_path: Path) -> Path:
+    """Enough tokens of 1,024 for a step of any shipped profile, in llm.c's format without a corpus.json."""
+    from gpt2ds.corpus.shards import header
+
+    folder = tmp_path / "wide"
+    folder.mkdir()
+    for split, number, tokens in (("val", 0, 3_000), ("train", 1, 400_000)):
+        content = np.zeros(tokens, dtype="<u2").tobytes()
+        (folder / f"wide_{split}_{number:06d}.bin").write_bytes(header(tokens) + content)
+    return folder

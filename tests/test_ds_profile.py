@@ -175,7 +175,10 @@ BROKEN: dict[str, tuple[dict[str, Any], list[str]]] = {
     "grad norm": ({"optimizer/params/max_grad_norm": 1.0}, ["gradient_clipping"]),
     # recomputation and the rest
     "partition": ({"activation_checkpointing": {"partition_activations": True}}, ["tensor parallelism"]),
-    "cpu checkpointing": ({"activation_checkpointing": {"cpu_checkpointing": True}}, ["cpu_checkpointing"]),
+    "cpu checkpointing": (
+        {"activation_checkpointing": {"cpu_checkpointing": True}, "gpt2ds": {"recompute": "narrow"}},
+        ["cpu_checkpointing", "narrow", "remove one"],
+    ),
     "contiguous": ({"activation_checkpointing": {"contiguous_memory_optimization": True}}, ["partition_activations"]),
     "number": ({"activation_checkpointing": {"number_checkpoints": 4}}, ["every block"]),
     "unknown checkpointing": ({"activation_checkpointing": {"enabled": True}}, ["activation_checkpointing.enabled"]),

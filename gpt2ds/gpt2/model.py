@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gpt2ds.gpt2.config import GPT2Config
 from gpt2ds.gpt2.loss import chunked_cross_entropy
-from gpt2ds.gpt2.recompute import apply_block
+from gpt2ds.gpt2.recompute import Recompute
 
 LAYER_NORM_EPSILON = 1e-5
 
@@ -39,13 +39,13 @@ class Attention(nn.Module):
         B, T, d = x.shape
         q, k, v = (
             part.view(B, T, self.n_heads, d // self.n_heads).transpose(1, 2)  # (B, H, T, D)
-            for part in self.c_attn(x).split(d, dim=2)
+            for part in rowwise(self.c_attn, x).chunk(3, dim=2)
         )
         drop_rate = self.drop_rate if self.training else 0.0
         # Picks the flash kernel where device and dtype have one; the T x T matrix then never exists.
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=drop_rate, is_causal=True)
         y = y.transpose(1, 2).contiguous().view(B, T, d)
-        out: Tensor = F.dropout(self.c_proj(y), self.drop_rate, self.training)
+        out: Tensor = F.dropout(rowwise(self.c_proj, y), self.drop_rate, self.training)
         return out
 
 
@@ -59,8 +59,18 @@ class MLP(nn.Module):
         self.drop_rate = config.drop_rate
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # (B, T, d)
+        y = rowwise(self.c_proj, F.gelu(rowwise(self.c_fc, x), approximate="tanh"))  # (B, T, d)
         return F.dropout(y, self.drop_rate, self.training)
+
+
+def rowwise(linear: nn.Linear, x: Tensor) -> Tensor:
+    """linear(x) as one product of two matrices, (B·T, d) with the weight.
+
+    Under ZeRO-3 DeepSpeed's own linear adds the bias to a three-dimensional product in place (runtime/zero/linear.py),
+    and a product that a recompute policy keeps must not change after it was kept.
+    """
+    out: Tensor = linear(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+    return out
 
 
 class Block(nn.Module):
@@ -85,12 +95,12 @@ class GPT2(nn.Module):
     def __init__(self, config: GPT2Config, *, recompute: str = "none", loss_chunk: int = 1024) -> None:
         """Builds and initialises the model in the default dtype, from torch's global random state.
 
-        recompute: activation checkpointing policy of every block (see `recompute`).
+        recompute: activation checkpointing policy of every block, one of `policies.POLICIES`.
         loss_chunk: tokens whose logits exist at the same time when the loss is computed.
         """
         super().__init__()
         self.config = config
-        self.recompute = recompute
+        self.recompute = Recompute(recompute, config)
         self.loss_chunk = loss_chunk
         self.wte = nn.Embedding(config.vocab_size, config.emb_dim)
         self.wpe = nn.Embedding(config.context_length, config.emb_dim)
@@ -117,9 +127,8 @@ class GPT2(nn.Module):
         assert self.config.context_length >= T, (T, self.config.context_length)
         x = self.wte(ids) + self.wpe(torch.arange(T, device=ids.device))  # (B, T, d)
         x = F.dropout(x, self.config.drop_rate, self.training)
-        policy = self.recompute if self.training else "none"
         for block in self.h:
-            x = apply_block(block, x, policy)
+            x = self.recompute(block, x) if torch.is_grad_enabled() else block(x)
         out: Tensor = self.ln_f(x)
         return out
 

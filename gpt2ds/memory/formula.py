@@ -12,6 +12,7 @@ are taken at their configured limit. No figure here was measured on a GPU yet.
 from dataclasses import dataclass
 
 from gpt2ds.gpt2.config import GPT2Config
+from gpt2ds.gpt2.policies import saved_bytes_per_token
 
 MIB = 2**20
 
@@ -45,6 +46,10 @@ class MemorySetting:
     """ZeRO-3: most parameters gathered at once (stage3_max_live_parameters plus the prefetch bucket)."""
     sub_group_elements: int = 1_000_000_000
     """ZeRO-3: parameters that one tile of the optimizer step covers."""
+    master_bytes: int = 4
+    """Of each parameter in the optimizer's own weights; 2 under bf16_master_weights_and_grads."""
+    moment_bytes: float = 8
+    """Of each parameter's two moments; 4 under bf16_optimizer_states, 2 and their scales in 8 bits."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,19 +71,6 @@ def predict(setting: MemorySetting) -> Estimate:
     return Estimate(peak_bytes=sum(parts.values()), phase=phase, parts=parts)
 
 
-def saved_bytes_per_token(model: GPT2Config, dtype_bytes: int, recompute: str) -> int:
-    """Bytes that one block keeps for its backward pass, per token.
-
-    Pre-norm block with flash attention, no dropout: inputs of both norms, of the four products and of the activation,
-    queries, keys, values and attention output make 16 d numbers; the norms' statistics and the softmax's sums are fp32.
-    """
-    d, H, s = model.emb_dim, model.n_heads, dtype_bytes
-    if recompute == "full":
-        return s * d
-    masks = 2 * d if model.drop_rate else 0
-    return 16 * s * d + 4 * H + 16 + masks
-
-
 def _states(setting: MemorySetting) -> dict[str, float]:
     """What lives through the whole step: weights, master weights, moments, persistent buffers."""
     s, P, W = DTYPE_BYTES[setting.dtype], setting.model.parameters, setting.ranks
@@ -93,11 +85,11 @@ def _states(setting: MemorySetting) -> dict[str, float]:
         parts["reduce buckets"] = s * setting.reduce_bucket_elements
     if setting.offload_optimizer:
         if stage < 3:
-            parts["offload staging"] = 2 * s * _largest_parameter(setting)  # facts: s12:659
+            parts["offload staging"] = 2 * s * largest_parameter(setting)  # facts: s12:659
     else:
         # With fp32 weights ZeRO keeps a second copy of them (facts: z3:1162 never fires; the same in s12).
-        parts["master weights"] = 4 * share if stage or s == 2 else 0
-        parts["moments"] = 8 * share
+        parts["master weights"] = setting.master_bytes * share if stage or s == 2 else 0
+        parts["moments"] = setting.moment_bytes * share
     return parts
 
 
@@ -130,7 +122,6 @@ def _forward_backward(setting: MemorySetting) -> dict[str, dict[str, float]]:
     model = setting.model
     d, H, L, V = model.emb_dim, model.n_heads, model.n_layers, model.vocab_size
     s, N = DTYPE_BYTES[setting.dtype], setting.micro_batch * setting.context
-    full = setting.recompute == "full"
     per_block = N * saved_bytes_per_token(model, s, setting.recompute)
     ids = 16 * N
     head_gradient = s * V * d
@@ -162,7 +153,8 @@ def _forward_backward(setting: MemorySetting) -> dict[str, dict[str, float]]:
             arrived = min(added, s * reduced)
         else:
             arrived = added if reduced + 4 * d * d > setting.reduce_bucket_elements else 0.0
-        rebuilt = N * (15 * s * d + 4 * H + 16) if full else 0
+        # What the second forward of this block brings back.
+        rebuilt = N * saved_bytes_per_token(model, s, "none") - per_block
         gelu = rebuilt + N * 5 * s * d
         # Flash attention's backward keeps fp32 sums of the query gradient and the softmax's row sums.
         attention = rebuilt + N * (-5 * s * d + 4 * d + 4 * H)
@@ -190,7 +182,7 @@ def _step(setting: MemorySetting) -> dict[str, dict[str, float]]:
     s, P, W = DTYPE_BYTES[setting.dtype], setting.model.parameters, setting.ranks
     a, stage = DTYPE_BYTES[setting.grad_accum_dtype], setting.zero_stage
     share = P / W if stage else P
-    largest = min(_largest_parameter(setting), share)
+    largest = min(largest_parameter(setting), share)
     parts = _states(setting)
     norm = 8 * largest  # the norm is summed in fp64, one parameter at a time (facts: s12:2684)
     if stage == 0:
@@ -198,16 +190,18 @@ def _step(setting: MemorySetting) -> dict[str, dict[str, float]]:
         return {"step": parts | {"gradients": s * P, "fp32 gradients for the step": upcast, "gradient norm": 0}}
     if stage == 3:
         tile = min(setting.sub_group_elements, share)
-        return {"step": parts | {"gradients": a * share, "step buffers": max(norm, (6 if a == 2 else 4) * tile)}}
+        copies = (a if a == s else 0) + (4 if setting.master_bytes == 4 else 0)  # flat copy and fp32 copy (z3:2686)
+        return {"step": parts | {"gradients": a * share, "step buffers": max(norm, copies * tile)}}
     if stage == 1 and setting.dtype == "bf16" and a == 4:
         return {"step": parts | {"gradients": 4 * P, "gradient norm": norm}}
     if a > s:
         return {"step": parts | {"gradients": a * share, "gradient norm": norm}}
     # Averaged gradients, their flat copy, and the copy in fp32 (facts: s12:3117).
-    upcast = 4 * share if s == 2 else 0.0
+    upcast = 4 * share if s == 2 and setting.master_bytes == 4 else 0.0
     return {"step": parts | {"gradients": s * share, "step buffers": max(s * share + upcast, norm)}}
 
 
-def _largest_parameter(setting: MemorySetting) -> float:
+def largest_parameter(setting: MemorySetting) -> float:
+    """Numbers in the largest tensor: the token embedding, or an MLP's matrix where the vocabulary is small."""
     model = setting.model
     return max(model.vocab_size * model.emb_dim, 4 * model.emb_dim**2)

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gpt2ds.devices import free_port
+from gpt2ds.ds_profile import DsProfile
 from gpt2ds.gpt2.model import GPT2
 from gpt2ds.plan import Plan
 
@@ -124,6 +125,11 @@ class TrainingEngine:
 
         torch.manual_seed(plan.options.get("seed"))
         model = GPT2(plan.model, recompute=plan.recompute, loss_chunk=plan.loss_chunk)
+        if plan.profile.compile:
+            # Block by block: all have one shape, so one translation serves them, and what stands around them stays
+            # as it is: the chunked loss, and DeepSpeed's hooks on the gradients.
+            for block in model.h:
+                block.compile()
         self.plan = plan
         self.ranks = ranks
         self.skipped_steps = 0
@@ -131,9 +137,15 @@ class TrainingEngine:
         # The learning rate is ours, step by step. Until the first step it must be 0: in 16 bits ZeRO-0 makes Adam's
         # moments by a step on zero gradients (unfused_optimizer.py:425), which would decay the weights.
         config["optimizer"]["params"]["lr"] = 0.0
+        groups = parameter_groups(model, plan.profile.weight_decay)
+        own_optimizer = None
+        if plan.profile.eight_bit_states:
+            own_optimizer = _eight_bit_adamw(groups, plan.profile)
+            del config["optimizer"]
+            config["zero_allow_untested_optimizer"] = True
         with contextlib.redirect_stdout(chatter):  # DeepSpeed prints as well as logs
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
-                model=model, model_parameters=parameter_groups(model, plan.profile.weight_decay), config=config
+                model=model, model_parameters=groups, optimizer=own_optimizer, config=config
             )
         if plan.profile.zero_stage == 0 and plan.profile.dtype != "fp32":
             # That step must not count: Adam's bias correction would make the first real one a quarter smaller.
@@ -243,6 +255,16 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     matrices = [parameter for parameter in model.parameters() if _dimensions(parameter) >= 2]
     vectors = [parameter for parameter in model.parameters() if _dimensions(parameter) < 2]
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def _eight_bit_adamw(groups: list[dict[str, Any]], profile: DsProfile) -> torch.optim.Optimizer:
+    with warnings.catch_warnings():  # it names kernels for other uses that it does not find
+        warnings.simplefilter("ignore")
+        import bitsandbytes
+    optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(
+        groups, lr=0.0, betas=profile.betas, eps=profile.eps, weight_decay=profile.weight_decay
+    )
+    return optimizer
 
 
 def _dimensions(parameter: nn.Parameter) -> int:

@@ -12,8 +12,9 @@ from support import PROFILES
 from gpt2ds.devices import card_bytes
 from gpt2ds.ds_profile import load_profile
 from gpt2ds.gpt2.config import MODELS
+from gpt2ds.gpt2.policies import POLICIES, recomputed_flops_per_token, saved_bytes_per_token
 from gpt2ds.memory.fit import fits, largest_micro_batch, largest_model
-from gpt2ds.memory.formula import CUBLAS_WORKSPACE_BYTES, MIB, MemorySetting, predict, saved_bytes_per_token
+from gpt2ds.memory.formula import CUBLAS_WORKSPACE_BYTES, MIB, MemorySetting, predict
 from gpt2ds.options import TrainOptions
 from gpt2ds.planning import memory_setting
 
@@ -58,14 +59,37 @@ def test_largest_micro_batches_on_a_24_gb_card() -> None:
     assert largest_micro_batch(replace(setting, ranks=2), CARD_24GB_BYTES) == pytest.approx(110, abs=2)
 
 
-def test_a_block_keeps_16_numbers_per_token_and_width_or_one() -> None:
+@pytest.mark.parametrize(
+    ("recompute", "numbers", "extra_percent"),
+    [
+        # Traced for gpt2_large: numbers kept per token and unit of width, and products computed again.
+        ("none", 16, 0.0),
+        ("products", 10, 0.0),
+        ("alternate", 9, 2.3),
+        ("narrow", 6, 9.1),
+        ("attention", 2, 18.1),
+        ("full", 1, 21.8),
+        ("host", 0, 21.8),
+    ],
+)
+def test_what_each_policy_keeps_and_costs(recompute: str, numbers: int, extra_percent: float) -> None:
     model = MODELS["gpt2_large"]
-    assert saved_bytes_per_token(model, 2, "none") == 32 * 1280 + 4 * 20 + 16
-    assert saved_bytes_per_token(model, 2, "full") == 2 * 1280
+    fp32 = {"none": 4 * 20 + 16, "full": 0, "host": 0}.get(recompute, 4 * 20)
+    assert saved_bytes_per_token(model, 2, recompute) == numbers * 2 * 1280 + fp32
+    extra = recomputed_flops_per_token(model, recompute) / model.flops_per_token()
+    assert 100 * extra == pytest.approx(extra_percent, abs=0.06)
+
+
+def test_dropout_makes_the_last_product_worth_keeping() -> None:
+    model = replace(MODELS["gpt2_large"], drop_rate=0.1)
+    kept = [saved_bytes_per_token(model, 2, name) - 4 * 20 for name in ("products", "alternate", "narrow")]
+    assert kept == [numbers * 2 * 1280 for numbers in (11, 10, 7)]
+    without = recomputed_flops_per_token(MODELS["gpt2_large"], "full")
+    assert recomputed_flops_per_token(model, "full") == without + 36 * 8 * 1280**2
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("recompute", POLICIES)
 @pytest.mark.parametrize("accumulate", ["bf16", "fp32"])
 def test_parts_sum_to_the_peak_and_the_peak_grows_with_the_batch(stage: int, recompute: str, accumulate: str) -> None:
     setting = replace(LARGE, zero_stage=stage, recompute=recompute, grad_accum_dtype=accumulate, accumulation=4)
