@@ -57,6 +57,8 @@ class GPU:
     total_bytes: int
     free_bytes: int
     compute_capability: tuple[int, int] | None = None
+    nvml_index: int = 0
+    """Its number among all GPUs of the machine, those that CUDA_VISIBLE_DEVICES hides included."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,6 +113,16 @@ def torch_has_cuda() -> bool:
     return False
 
 
+def use_expandable_segments() -> None:
+    """Lets torch's CUDA allocator grow its segments instead of cutting fixed ones, unless the user has chosen.
+
+    Must come before CUDA starts. Fixed segments reserve up to 29% more than the tensors need, growing ones 3 to 5%
+    (a replay of gpt2_large's allocations through a model of the allocator).
+    """
+    if "PYTORCH_ALLOC_CONF" not in os.environ:  # the newer name of the same setting
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+
 def peak_flops(device_name: str, dtype: str) -> float | None:
     """The device's dense peak rate in FLOP/s for `fp32` or a 16-bit dtype; None for a device that the table does not
     know.
@@ -135,6 +147,31 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def processes_on_gpu(gpu: GPU) -> list[tuple[int, str, int | None]]:
+    """(pid, program, bytes held or None where the driver does not say) of every process on a GPU, the largest first."""
+    import psutil
+    import pynvml
+
+    found: dict[int, int | None] = {}
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(gpu.nvml_index)
+        for running in (
+            *pynvml.nvmlDeviceGetComputeRunningProcesses(handle),
+            *pynvml.nvmlDeviceGetGraphicsRunningProcesses(handle),
+        ):
+            found[running.pid] = running.usedGpuMemory
+        pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
+        return []
+    rows = []
+    for pid, held in found.items():
+        # In a container the processes of others have numbers that mean nothing here.
+        name = psutil.Process(pid).name() if psutil.pid_exists(pid) else "a process outside this container"
+        rows.append((pid, name, held))
+    return sorted(rows, key=lambda row: -(row[2] or 0))
+
+
 def _gpus() -> tuple[GPU, ...]:
     try:
         import pynvml
@@ -152,6 +189,7 @@ def _gpus() -> tuple[GPU, ...]:
                 total_bytes=int(memory.total),
                 free_bytes=int(memory.free),
                 compute_capability=pynvml.nvmlDeviceGetCudaComputeCapability(handle),
+                nvml_index=index,
             )
             found[str(index)] = found[str(pynvml.nvmlDeviceGetUUID(handle))] = gpu
     finally:

@@ -1,5 +1,5 @@
-"""The one exception that means: the user can mend this. `cli` prints its sentence and exits with code 2, without a
-traceback.
+"""The exceptions that the user can answer. `cli` prints what they say, without a traceback, and exits with a code of
+their own.
 """
 
 
@@ -13,3 +13,7 @@ class UserError(ValueError):
         """
         assert problems, "an error needs at least one problem"
         return cls(problems[0] if len(problems) == 1 else "\n".join(f"  - {problem}" for problem in problems))
+
+
+class MemoryShortageError(Exception):
+    """The run could not get the memory it needed; the message names a setting that would fit. Exit code 3."""

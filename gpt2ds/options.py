@@ -1,5 +1,6 @@
 """What a user can ask of a training run, and the defaults with their reasons. A value of None was not asked for."""
 
+import shlex
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,17 @@ class TrainOptions:
         if any(own[name] is not None for name in ("steps", "tokens", "hours")):
             merged |= {name: own[name] for name in ("steps", "tokens", "hours")}
         return TrainOptions(**merged)
+
+    def command(self, ranks: int) -> str:
+        """What a user types to ask for the same again, on so many ranks."""
+        words = ["gpt2ds", "train"]
+        for name, value in self.to_dict().items():
+            flag = f"--{name.replace('_', '-')}"
+            if value is True:
+                words.append(flag)
+            elif value not in (None, False) and (name, value) != ("out", "logs"):
+                words += [flag, str(value)]
+        return shlex.join([*words, *(["--gpus", str(ranks)] if ranks > 1 else [])])
 
     def to_dict(self) -> dict[str, Any]:
         """For plan.json."""

@@ -4,10 +4,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from gpt2ds.gpt2.config import GPT2Config
+from gpt2ds.gpt2.policies import POLICIES, recomputed_flops_per_token
 from gpt2ds.memory.formula import Estimate, MemorySetting, predict
 
 # Between what tensors hold and what the caching allocator reserves for them lie 3 to 5% even with expandable segments.
 ALLOCATOR_SLACK = 1 - 22_900 / 23_700
+
+# Tokens of one micro-batch beyond which more buy no speed: 8 windows of 1,024 fill every product of a 24 GB card. A
+# judgement, not a measurement.
+ENOUGH_TOKENS = 8192
 
 
 def fits(estimate: Estimate, device_bytes: int) -> bool:
@@ -33,6 +38,35 @@ def largest_model(
     """The model with the most parameters whose setting fits; None when none does."""
     fitting = [model for model in models if fits(predict(setting_for(model)), device_bytes)]
     return max(fitting, key=lambda model: model.parameters, default=None)
+
+
+def fastest_that_fits(
+    setting: MemorySetting, device_bytes: int, *, policies: Iterable[str] = POLICIES, most_peak_bytes: int | None = None
+) -> MemorySetting | None:
+    """The setting with the micro-batch, accumulation and recompute policy that should be fastest among those predicted
+    to fit, at the same global batch; None when not even one sequence fits.
+
+    The policy with the least extra arithmetic that leaves room for ENOUGH_TOKENS at a time; where none does, the one
+    with the largest micro-batch. most_peak_bytes: a bound on the predicted peak beside the device's, for when a setting
+    that was predicted to fit has not.
+    """
+    per_rank = setting.micro_batch * setting.accumulation
+    divisors = [size for size in range(1, per_rank + 1) if per_rank % size == 0]
+    enough = min(per_rank, -(-ENOUGH_TOKENS // setting.context))
+    best: MemorySetting | None = None
+    for policy in sorted(policies, key=lambda name: recomputed_flops_per_token(setting.model, name, setting.context)):
+        if policy == "host":
+            continue  # full recompute with a transfer on top: only for those who ask for it
+        for size in reversed(divisors):
+            candidate = replace(setting, micro_batch=size, accumulation=per_rank // size, recompute=policy)
+            estimate = predict(candidate)
+            if fits(estimate, device_bytes) and (most_peak_bytes is None or estimate.peak_bytes <= most_peak_bytes):
+                if size >= enough:
+                    return candidate
+                if best is None or size > best.micro_batch:
+                    best = candidate
+                break
+    return best
 
 
 def _last_true(holds: Callable[[int], bool], most: int) -> int:

@@ -15,7 +15,7 @@ def predict_host(setting: MemorySetting, *, ranks_here: int, pinned: bool = True
     """
     model, s = setting.model, DTYPE_BYTES[setting.dtype]
     # Every rank builds the whole model in fp32, then turns it into 16 bits parameter by parameter.
-    building = {"building the model": 4 * model.parameters * ranks_here}
+    building: dict[str, float] = {"building the model": 4 * model.parameters * ranks_here}
     staying = {name: size * ranks_here for name, size in _offloaded(setting, pinned).items()}
     if setting.recompute == "host":
         inputs = s * model.emb_dim * setting.micro_batch * setting.context

@@ -123,6 +123,12 @@ def newest(
     return None
 
 
+def newest_name(folder: Path) -> str | None:
+    """Name of the newest checkpoint that has a manifest, unverified; None when there is none."""
+    names = [path.parent.name for path in folder.glob(f"step-*/{MANIFEST}")]
+    return max(names, default=None)
+
+
 def verify(path: Path, only: str | None = None) -> str | None:
     """What is wrong with a checkpoint (or with `only` that file of it), or None when all is there and unchanged."""
     try:

@@ -20,7 +20,7 @@ import torch
 from gpt2ds import __version__
 from gpt2ds.corpus.batches import Batches, Windows
 from gpt2ds.devices import card_bytes
-from gpt2ds.errors import UserError
+from gpt2ds.errors import MemoryShortageError, UserError
 from gpt2ds.files import write_atomically
 from gpt2ds.options import DEFAULTS
 from gpt2ds.plan import Plan, evaluation_interval
@@ -29,6 +29,7 @@ from gpt2ds.training import checkpoints
 from gpt2ds.training.engine import TrainingEngine, chatter_to, gather_numbers, share, start_ranks, stop_ranks
 from gpt2ds.training.evaluation import Evaluation, sample_text, to_device
 from gpt2ds.training.guard import Clock, Finiteness, StopSignals
+from gpt2ds.training.out_of_memory import explain, is_out_of_memory
 from gpt2ds.training.schedule import LearningRate
 
 # Under --hours the number of steps is estimated once so much of the time has gone, but not before so many steps.
@@ -76,9 +77,20 @@ def train(plan: Plan, recorder_for: Callable[[Plan], Recorder]) -> Outcome:
             raise  # a resume that is refused: the run is as it was
         except BaseException as error:
             step, totals = (run.step, run.totals()) if run else (0, {"tokens": 0, "elapsed_seconds": 0.0})
+            answer = None
+            if is_out_of_memory(error):
+                doing = run.doing if run else "building the engine"
+                saved = checkpoints.newest_name(plan.folder / "checkpoints")
+                answer = MemoryShortageError(explain(error, plan, rank=ranks.rank, doing=doing, checkpoint=saved))
             with suppress(OSError):  # on a full disk the first error is the one to see
-                recorder.record("end", step, reason=f"failed: {_first_line(error)}", **totals)
-            raise  # without leaving the group in good order: the other ranks may wait in the middle of a collective
+                if answer:
+                    recorder.record("incident", step, what=" ".join(str(answer).splitlines()))
+                reason = "out of memory" if answer else _first_line(error)
+                recorder.record("end", step, reason=f"failed: {reason}", **totals)
+            # Without leaving the group in good order: the other ranks may wait in the middle of a collective.
+            if answer:
+                raise answer from error
+            raise
         recorder.record("end", run.step, reason=reason, **run.totals())
         stop_ranks()
     return Outcome(
@@ -116,6 +128,7 @@ class _Run:
         self.rate = LearningRate.of(plan.schedule)
         self.evaluate_every = plan.evaluate_every
         self.finiteness = Finiteness()
+        self.doing = "starting"
         self.taken = True
         self.step = 0
         self.clock = Clock()
@@ -205,6 +218,7 @@ class _Run:
         save).
         """
         plan, engine, device = self.plan, self.engine, self.engine.ranks.device
+        self.doing = f"in step {self.step + 1}"
         start = time.monotonic()
         lr = self.rate.at(self.step)
         if plan.model.drop_rate:
@@ -316,6 +330,7 @@ class _Run:
 
     def evaluate(self) -> None:
         """Validation loss and a sample of text, by all ranks together."""
+        self.doing = f"evaluating at step {self.step}"
         options = self.plan.options
         start = time.monotonic()
         loss = self.evaluation.loss(self.engine)
@@ -333,6 +348,7 @@ class _Run:
 
     def save(self) -> None:
         """A checkpoint, by all ranks together."""
+        self.doing = f"saving at step {self.step}"
         position = checkpoints.Position(
             step=self.step,
             sequences_seen=self.sequences_seen,

@@ -1,0 +1,155 @@
+"""Out of memory is an answer: what was asked for, what was predicted, who else holds memory, and what would fit."""
+
+import os
+import re
+import traceback
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from gpt2ds.devices import MIB, processes_on_gpu
+from gpt2ds.ds_profile import load_profile
+from gpt2ds.errors import UserError
+from gpt2ds.memory.fit import fastest_that_fits
+from gpt2ds.memory.formula import MemorySetting, predict
+from gpt2ds.plan import Plan
+from gpt2ds.planning import memory_setting
+
+GIB = 2**30
+
+# The rest of a message that names bytes: CUDA's allocator, then the CPU's.
+_ASKED = (re.compile(r"Tried to allocate ([\d.]+) ([KMG]iB)"), re.compile(r"tried to allocate (\d+) (bytes)"))
+_UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+# A setting that ran out of memory was at its limit or beyond: the next one must be predicted to need so much less.
+STEP_DOWN = 0.95
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this is an allocation that failed, on a GPU or on the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "DefaultCPUAllocator" in text or "out of memory" in text or "CUBLAS_STATUS_ALLOC_FAILED" in text
+    )
+
+
+def explain(error: BaseException, plan: Plan, *, rank: int, doing: str, checkpoint: str | None) -> str:
+    """The whole message. checkpoint: name of the newest complete one, or None."""
+    lines = [_what_happened(error, plan, rank, doing), *_prediction(plan), *_held(plan)]
+    lines += _next_setting(plan, resumable=checkpoint is not None)
+    if checkpoint:
+        lines.append(f"The last checkpoint, {checkpoint}, is untouched.")
+    return "\n".join(lines)
+
+
+def _what_happened(error: BaseException, plan: Plan, rank: int, doing: str) -> str:
+    asked = next((found for pattern in _ASKED if (found := pattern.search(str(error)))), None)
+    amount = "more memory"
+    if asked:
+        amount = f"{_size(float(asked[1]) * _UNITS[asked[2]])} more"
+    device = plan.machine.gpus[0].name if plan.machine.gpus else "the CPU"
+    return f"Out of memory on rank {rank} ({device}), {doing}: {amount} could not be had, {_where(error)}."
+
+
+def _where(error: BaseException) -> str:
+    """The innermost line of ours or DeepSpeed's: torch's own frames say little about what was computed."""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if {"gpt2ds", "deepspeed"} & set(Path(frame.filename).parts)
+    ]
+    if not frames:
+        return "outside of the model"
+    last = frames[-1]
+    return f"in {last.name} ({Path(last.filename).name}:{last.lineno})"
+
+
+def _prediction(plan: Plan) -> list[str]:
+    estimate = predict(_setting(plan))
+    parts = sorted(estimate.parts.items(), key=lambda part: -part[1])
+    named = ", ".join(f"{name} {_size(size)}" for name, size in parts)
+    lines = [f"Predicted peak: {_size(estimate.peak_bytes)} in the {estimate.phase} phase ({named})."]
+    if plan.machine.gpus:
+        lines.append(
+            f"Usable for tensors when the run was planned: {_size(plan.device_bytes)}; torch held "
+            f"{_size(torch.cuda.max_memory_allocated())} at the most and had reserved "
+            f"{_size(torch.cuda.max_memory_reserved())}."
+        )
+    return lines
+
+
+def _held(plan: Plan) -> list[str]:
+    if not plan.machine.gpus:
+        import psutil
+
+        memory = psutil.virtual_memory()
+        return [f"Of the host's {_size(memory.total)}, {_size(memory.available)} are available."]
+    gpu = plan.machine.gpus[int(os.environ.get("LOCAL_RANK", "0"))]
+    others = [
+        f"{name} (pid {pid}) {_size(size) if size is not None else 'an unknown amount'}"
+        for pid, name, size in processes_on_gpu(gpu)
+        if pid != os.getpid()
+    ]
+    return [f"Other processes hold on this GPU: {', '.join(others)}." if others else "No other process is on this GPU."]
+
+
+def _next_setting(plan: Plan, *, resumable: bool) -> list[str]:
+    now = _setting(plan)
+    limit = int(predict(now).peak_bytes * STEP_DOWN)
+    policies = ("none", "full") if plan.profile.compile else None
+    more = {"policies": policies} if policies else {}
+    found = fastest_that_fits(now, plan.device_bytes, most_peak_bytes=limit, **more)
+    options = plan.options
+    if found is None:
+        profile = _other_profile(plan)
+        if profile is None:
+            return ["Nothing smaller is predicted to fit: take a smaller --model or a shorter --context."]
+        options, resumable = replace(options, ds=profile, micro_batch=1, recompute="full"), False
+        accumulation = plan.global_batch // plan.ranks
+        peak = "less"
+    else:
+        options = replace(options, micro_batch=found.micro_batch, recompute=found.recompute)
+        accumulation = found.accumulation
+        peak = _size(predict(found).peak_bytes)
+    # Without a checkpoint the run cannot be resumed, and its folder is taken.
+    options = replace(options, accumulation=accumulation, resume=resumable, name=plan.run if resumable else None)
+    return [f"Predicted to fit ({peak}), at the same global batch of {plan.global_batch}:", options.command(plan.ranks)]
+
+
+def _other_profile(plan: Plan) -> str | None:
+    """A shipped profile of the same dtype that keeps less on the GPU."""
+    for name in ("zero3", "zero2_offload", "zero3_offload"):
+        try:
+            profile = load_profile(name)
+        except UserError:
+            continue
+        setting = memory_setting(
+            replace(plan.options, recompute="full"),
+            profile,
+            plan.model,
+            ranks=plan.ranks,
+            micro_batch=1,
+            accumulation=2,
+        )
+        if profile.dtype == plan.profile.dtype and fastest_that_fits(setting, plan.device_bytes):
+            return name
+    return None
+
+
+def _setting(plan: Plan) -> MemorySetting:
+    setting = memory_setting(
+        replace(plan.options, context=plan.context, recompute=plan.recompute),
+        plan.profile,
+        plan.model,
+        ranks=plan.ranks,
+        micro_batch=plan.micro_batch,
+        accumulation=plan.accumulation,
+    )
+    return replace(setting, loss_chunk=plan.loss_chunk)
+
+
+def _size(size: float) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 4 else f"{size / MIB:.1f} MiB"
