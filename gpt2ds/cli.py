@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
 import typer
 
 from gpt2ds import __version__
-from gpt2ds.errors import UserError
+from gpt2ds.errors import MemoryShortageError, UserError
 from gpt2ds.options import DEFAULTS, WHAT, TrainOptions
 
 if TYPE_CHECKING:
@@ -41,12 +41,16 @@ RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, 
 
 
 def main() -> NoReturn:
-    """Entry point: a user's mistake becomes one message and exit code 2."""
+    """Entry point: a user's mistake becomes one message and exit code 2, memory that ran out one and exit code 3."""
     try:
         app(prog_name="gpt2ds", standalone_mode=True)
         code = 0
     except UserError as error:
-        code = _told(error)
+        _tell_once(f"Error: {error}" if "\n" not in str(error) else f"Errors:\n{error}")
+        code = 2
+    except MemoryShortageError as error:
+        _tell_once(str(error))
+        code = 3
     except KeyboardInterrupt:
         code = 130
     except SystemExit as leaving:
@@ -60,13 +64,12 @@ def main() -> NoReturn:
     raise SystemExit(code)
 
 
-def _told(error: UserError) -> int:
-    # Every rank of a node finds the same mistake, and the first one says so. Another speaks only if it is alone with
+def _tell_once(message: str) -> None:
+    # Every rank of a node comes to the same end, and the first one says so. Another speaks only if it is alone with
     # it: the launcher ends it within a second when the first one has left.
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(OTHER_RANKS_WAIT_SECONDS)
-    print(f"Error: {error}" if "\n" not in str(error) else f"Errors:\n{error}", file=sys.stderr, flush=True)
-    return 2
+    print(message, file=sys.stderr, flush=True)
 
 
 @app.callback(invoke_without_command=True)
@@ -89,10 +92,11 @@ def train(gpus: int | None, **given: Any) -> None:
 
     if gpus is not None and not launcher.under_launcher():
         raise SystemExit(launcher.launch(gpus, _without_option(sys.argv[1:], "--gpus")))
+    from gpt2ds.devices import use_expandable_segments
     from gpt2ds.planning import resolve
 
     plan = resolve(TrainOptions(**given), ranks=int(os.environ.get("WORLD_SIZE", "1")))
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    use_expandable_segments()
     if plan.device_kind == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed looks for one, and says so
     from gpt2ds.runlog.report import resume_command, write_report
@@ -267,6 +271,76 @@ def report(run: RunArgument) -> None:
 
 
 @app.command()
+def bench(
+    ds: Annotated[
+        list[str] | None,
+        typer.Option(metavar="JSON", help="DeepSpeed profile, as often as wanted. Default: all shipped ones."),
+    ] = None,
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="Default: as in training.")] = None,
+    models_file: Annotated[Path | None, typer.Option(metavar="YAML", help="Sizes of your own.")] = None,
+    data: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Default: the embedded text.")] = None,
+    micro_batch: Annotated[
+        list[int] | None, typer.Option(metavar="N", help="As often as wanted. Default: the profile's.")
+    ] = None,
+    recompute: Annotated[
+        list[str] | None, typer.Option(metavar="POLICY", help="As often as wanted. Default: the profile's.")
+    ] = None,
+    accumulation: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Micro-batches per optimizer step. Not the profile's, so that a step is short: 2 are enough to see "
+            "the accumulation's memory.",
+        ),
+    ] = 2,
+    context: Annotated[int | None, typer.Option(metavar="TOKENS", help="Default: the model's.")] = None,
+    gpus: Annotated[int, typer.Option(metavar="N", help="Ranks on this machine.")] = 1,
+    gpu_memory: Annotated[
+        float | None,
+        typer.Option(metavar="GB", help="As if on a card of so many GB: 24 caps the allocator at 23,700 MiB."),
+    ] = None,
+    steps: Annotated[int, typer.Option(metavar="N", help="Optimizer steps that are timed, after 2 that are not.")] = 5,
+    largest: Annotated[
+        bool,
+        typer.Option(
+            "--largest", help="Find the largest micro-batch that runs, and the next one that does not, by real runs."
+        ),
+    ] = False,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Limit for each setting.")] = 600.0,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="For bench.json and bench.png. Default: logs/bench-TIME.")
+    ] = None,
+) -> None:
+    """Measure speed and memory: a few real steps of every profile and setting, each in a fresh process."""
+    from gpt2ds.devices import use_expandable_segments
+    from gpt2ds.probe.bench import run_bench
+    from gpt2ds.probe.bench_report import show
+    from gpt2ds.probe.bench_settings import BenchOptions
+
+    use_expandable_segments()
+    options = BenchOptions(
+        ds=tuple(ds or ()),
+        model=model,
+        models_file=models_file,
+        data=data,
+        micro_batch=tuple(micro_batch or ()),
+        recompute=tuple(recompute or ()),
+        accumulation=accumulation,
+        context=context,
+        gpus=gpus,
+        gpu_memory=gpu_memory,
+        steps=steps,
+        largest=largest,
+        timeout_seconds=timeout,
+        out=out,
+    )
+    results, folder = run_bench(options, _tell)
+    show(results, folder)
+    if any(record["result"] in ("crashed", "timed out") for record in results["settings"]):
+        raise SystemExit(1)
+
+
+@app.command()
 def profiles() -> None:
     """What each shipped DeepSpeed profile is for."""
     from rich.console import Console
@@ -281,9 +355,11 @@ def profiles() -> None:
         facts = [f"ZeRO-{profile.zero_stage}", profile.dtype, f"micro-batch {profile.micro_batch}"]
         facts += [f"accumulation {profile.accumulation}"]
         facts += [f"{part} on the {place}" for part, place in places.items() if place]
-        facts += ["activation checkpointing"] if profile.recompute != "none" else []
+        facts += [f"recompute {profile.recompute}"] if profile.recompute != "none" else []
         console.print(f"[bold]{path.name}[/bold]  {', '.join(facts)}")
-        console.print(Padding(f"{profile.description} {profile.use_when}", (0, 0, 1, 4)), markup=False)
+        console.print(Padding(f"{profile.description} {profile.use_when}", (0, 0, 0 if profile.risk else 1, 4)))
+        if profile.risk:
+            console.print(Padding(f"Risk: {profile.risk}", (0, 0, 1, 4)), style="yellow")
 
 
 def _tell(sentence: str) -> None:

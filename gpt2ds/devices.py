@@ -45,6 +45,9 @@ PEAK_TFLOPS: dict[str, tuple[float, float]] = {
 # A process's own CUDA context, which NVML's free bytes do not yet lack: about 470 MiB on an RTX 4090.
 CONTEXT_BYTES = 470 * MIB
 
+# NCCL's buffers, outside of torch's allocator, of each rank when there are several. An assumption: not measured yet.
+NCCL_BYTES = 400 * MIB
+
 # What a card of N GB cannot give to one process's tensors: 24,576 MiB on the box of an RTX 4090, 23,700 MiB to reserve.
 CARD_OVERHEAD_BYTES = (24_576 - 23_700) * MIB
 

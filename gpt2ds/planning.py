@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gpt2ds.corpus.shards import Corpus, check_ids, open_corpus
-from gpt2ds.devices import CONTEXT_BYTES, Machine, card_bytes, this_machine
+from gpt2ds.devices import CONTEXT_BYTES, NCCL_BYTES, Machine, card_bytes, this_machine
 from gpt2ds.ds_profile import DsProfile, load_profile
 from gpt2ds.ds_rules import RECOMPUTE_POLICIES
 from gpt2ds.errors import UserError
@@ -201,7 +201,9 @@ class _Planner:
         if not self.machine.gpus:
             return self.machine.host_memory_bytes
         usable = min(gpu.free_bytes for gpu in self.machine.gpus[: self.ranks_here]) - CONTEXT_BYTES
-        return min(usable, card_bytes(self.options.gpu_memory)) if self.options.gpu_memory else usable
+        if self.options.gpu_memory:
+            usable = min(usable, card_bytes(self.options.gpu_memory))
+        return usable - NCCL_BYTES if self.ranks > 1 else usable
 
     def setting(self, model: GPT2Config, micro_batch: int, accumulation: int) -> MemorySetting:
         """What the memory formula needs to know of this run."""

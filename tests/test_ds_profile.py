@@ -277,6 +277,15 @@ def test_profiles_of_an_installation_are_found(tmp_path: Path, monkeypatch: pyte
 # name: stage, dtype, accumulation type, optimizer and parameter offload, recompute
 SHIPPED = {
     "fp32_baseline": (0, "fp32", "fp32", None, None, "none"),
+    "gpt2_large_16gb": (3, "bf16", "bf16", None, None, "attention"),
+    "gpt2_large_24gb": (2, "bf16", "fp32", None, None, "products"),
+    "gpt2_large_24gb_8bit": (2, "bf16", "fp32", None, None, "none"),
+    "gpt2_large_24gb_bf16_states": (2, "bf16", "bf16", None, None, "none"),
+    "gpt2_large_2x24gb": (1, "bf16", "fp32", None, None, "none"),
+    "gpt2_medium_24gb": (2, "bf16", "fp32", None, None, "none"),
+    "gpt2_xl_24gb_bf16_states": (2, "bf16", "bf16", None, None, "attention"),
+    "gpt2_xl_24gb_offload": (2, "bf16", "bf16", "cpu", None, "products"),
+    "gpt2_xl_2x24gb": (1, "bf16", "fp32", None, None, "attention"),
     "zero1": (1, "bf16", "fp32", None, None, "none"),
     "zero2": (2, "bf16", "fp32", None, None, "none"),
     "zero2_fp16": (2, "fp16", "fp32", None, None, "none"),
@@ -301,6 +310,8 @@ def test_shipped_profile(name: str) -> None:
     assert (p.gradient_clipping, p.optimizer, p.lr) == (1.0, "AdamW", None)
     assert (p.betas, p.eps, p.weight_decay) == ((0.9, 0.95), 1e-8, 0.1)
     assert p.description.endswith(".") and p.use_when.endswith(".")
+    reduced = p.eight_bit_states or p.master_bytes == 2 or (p.grad_accum_dtype == "bf16" and not p.offload_optimizer)
+    assert bool(p.risk) == reduced, "what rounds more than the others says so"
     assert p.reduce_bucket_elements <= 50_000_000
     completed = p.ds_config(micro_batch=p.micro_batch, accumulation=p.accumulation, ranks=2)
     assert completed.pop(TOTAL) == p.micro_batch * p.accumulation * 2

@@ -9,12 +9,12 @@ from dataclasses import replace
 import pytest
 from support import PROFILES
 
-from gpt2ds.devices import card_bytes
+from gpt2ds.devices import NCCL_BYTES, card_bytes
 from gpt2ds.ds_profile import load_profile
 from gpt2ds.gpt2.config import MODELS
 from gpt2ds.gpt2.policies import POLICIES, recomputed_flops_per_token, saved_bytes_per_token
-from gpt2ds.memory.fit import fits, largest_micro_batch, largest_model
-from gpt2ds.memory.formula import CUBLAS_WORKSPACE_BYTES, MIB, MemorySetting, predict
+from gpt2ds.memory.fit import fastest_that_fits, fits, largest_micro_batch, largest_model
+from gpt2ds.memory.formula import CUBLAS_WORKSPACE_BYTES, MIB, MemorySetting, _step, predict
 from gpt2ds.options import TrainOptions
 from gpt2ds.planning import memory_setting
 
@@ -149,3 +149,39 @@ def test_every_shipped_profile_is_predicted_to_fit_what_it_is_for(name: str, mod
     assert fits(predict(setting), CARD_24GB_BYTES)
     if name in ("zero1", "zero2", "zero2_fp16"):
         assert largest_micro_batch(setting, CARD_24GB_BYTES) == profile.micro_batch
+
+
+@pytest.mark.parametrize(
+    ("name", "card_gb", "ranks"),
+    [
+        ("gpt2_medium_24gb", 24, 1),
+        ("gpt2_large_24gb", 24, 1),
+        ("gpt2_large_24gb_bf16_states", 24, 1),
+        ("gpt2_large_24gb_8bit", 24, 1),
+        ("gpt2_large_2x24gb", 24, 2),
+        ("gpt2_large_16gb", 16, 1),
+        ("gpt2_xl_24gb_offload", 24, 1),
+        ("gpt2_xl_24gb_bf16_states", 24, 1),
+        ("gpt2_xl_2x24gb", 24, 2),
+    ],
+)
+def test_a_profile_named_for_its_use_is_the_fastest_that_fits(name: str, card_gb: int, ranks: int) -> None:
+    profile = load_profile(PROFILES / f"{name}.json")
+    model = MODELS["_".join(name.split("_")[:2])]
+    assert profile.micro_batch and profile.accumulation
+    assert profile.micro_batch * profile.accumulation * ranks * model.context_length == 2**19
+    setting = memory_setting(
+        TrainOptions(), profile, model, ranks=ranks, micro_batch=profile.micro_batch, accumulation=profile.accumulation
+    )
+    room = card_bytes(card_gb) - (NCCL_BYTES if ranks > 1 else 0)
+    assert fastest_that_fits(setting, room) == setting
+
+
+def test_16_and_8_bit_states_are_smaller_by_what_they_leave_out() -> None:
+    """Traced: gpt2_large with 16-bit states steps at 12 bytes a parameter (fp32 states: 22); 8-bit moments: 16."""
+    parameters = LARGE.model.parameters
+    sixteen = replace(LARGE, master_bytes=2, moment_bytes=4, micro_batch=1, reduce_bucket_elements=20_000_000)
+    eight = replace(LARGE, moment_bytes=2, micro_batch=1, reduce_bucket_elements=20_000_000)
+    assert _step(sixteen)["step"]["moments"] == 4 * parameters
+    assert sum(_step(sixteen)["step"].values()) == pytest.approx(12 * parameters, rel=0.01)
+    assert sum(_step(eight)["step"].values()) == pytest.approx(16 * parameters, rel=0.01)
