@@ -12,7 +12,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +70,8 @@ def measure(profile: str, model: str, accumulation: int) -> dict[str, float]:
         )
         for rank in range(RANKS)
     ]
-    output = [process.communicate(timeout=600)[0] for process in processes][0]
-    result: dict[str, float] = json.loads(output.strip().splitlines()[-1])
+    outputs = [process.communicate(timeout=600)[0] for process in processes]
+    result: dict[str, float] = json.loads(outputs[0].strip().splitlines()[-1])
     return {name: round(size, 3) for name, size in sorted(result.items()) if size > 0.001}
 
 

@@ -1,6 +1,8 @@
 """On one CUDA GPU: every shipped profile trains, fp16 scales its loss, the flash kernel is used, the cap holds."""
 
+import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import PROFILES, run_cli
+
+from gpt2ds.gpt2.config import MODELS
+from gpt2ds.gpt2.model import GPT2
+from gpt2ds.gpt2.policies import POLICIES, saved_bytes_per_token
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,6 +25,8 @@ STEPS = 12
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in PROFILES.glob("*.json")))
 def test_every_shipped_profile_trains(tmp_path: Path, models_file: Path, corpus_folder: Path, name: str) -> None:
+    if name.endswith("8bit") and importlib.util.find_spec("bitsandbytes") is None:
+        pytest.skip("needs bitsandbytes")
     result = run_cli(
         *("train", "--ds", name, "--model", "small", "--models-file", models_file, "--data", corpus_folder),
         *("--micro-batch", 4, "--accumulation", 2, "--steps", STEPS, "--evaluate-every", STEPS, "--name", "a"),
@@ -59,3 +67,56 @@ def test_the_chunked_loss_equals_the_whole_one(dtype: torch.dtype) -> None:
         assert (chunked.float() - whole.float()).norm() / whole.float().norm() < (
             2e-6 if dtype == torch.float32 else 0.02
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_recompute_policy_gives_the_same_gradients_and_keeps_what_it_says(dtype: torch.dtype) -> None:
+    config = replace(MODELS["gpt2_large"], n_layers=4, vocab_size=512)
+    ids = torch.randint(0, 512, (2, 1024), device="cuda")
+    reference: dict[str, torch.Tensor] = {}
+    kept: dict[str, float] = {}
+    for policy in POLICIES:
+        torch.manual_seed(0)
+        model = GPT2(config, recompute=policy, loss_chunk=512).to("cuda", dtype)
+        model(ids, ids).backward()  # kernels and workspaces are there from now on
+        model.zero_grad(set_to_none=True)
+        before = torch.cuda.memory_allocated()
+        loss = model(ids, ids)
+        kept[policy] = (torch.cuda.memory_allocated() - before) / (ids.numel() * config.n_layers)
+        loss.backward()
+        gradients = {name: parameter.grad.float() for name, parameter in model.named_parameters()}
+        reference = reference or gradients
+        limit = 1e-5 if dtype == torch.float32 else 0.02
+        for name, gradient in gradients.items():
+            assert (gradient - reference[name]).norm() <= limit * reference[name].norm(), (policy, name)
+    size = torch.finfo(dtype).bits // 8
+    for policy, found in kept.items():
+        # What the tail of the model and the loss keep is the same for all.
+        expected = saved_bytes_per_token(config, size, policy) - saved_bytes_per_token(config, size, "none")
+        assert found - kept["none"] == pytest.approx(expected, abs=0.01 * saved_bytes_per_token(config, size, "none"))
+
+
+def test_out_of_memory_is_an_answer(tmp_path: Path, corpus_folder: Path) -> None:
+    result = run_cli(
+        *("train", "--ds", "zero2", "--model", "gpt2_small", "--data", corpus_folder, "--context", 128),
+        *("--micro-batch", 64, "--accumulation", 1, "--steps", 2, "--gpu-memory", 3),
+        cwd=tmp_path,
+        DS_ACCELERATOR="cuda",
+    )
+    assert result.returncode == 3, result.stdout + result.stderr
+    assert "Tried to allocate" not in result.stderr and "Traceback" not in result.stderr
+    assert "more could not be had" in result.stderr
+    assert "Predicted peak" in result.stderr
+
+
+def test_compiled_blocks_train(tmp_path: Path, models_file: Path, corpus_folder: Path) -> None:
+    profile = json.loads((PROFILES / "zero2.json").read_text(encoding="utf-8"))
+    profile["gpt2ds"]["compile"] = True
+    (tmp_path / "own.json").write_text(json.dumps(profile), encoding="utf-8")
+    result = run_cli(
+        *("train", "--ds", "own.json", "--model", "small", "--models-file", models_file, "--data", corpus_folder),
+        *("--micro-batch", 4, "--accumulation", 2, "--steps", STEPS, "--name", "a"),
+        cwd=tmp_path,
+        DS_ACCELERATOR="cuda",
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
