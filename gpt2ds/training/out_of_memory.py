@@ -8,18 +8,25 @@ from pathlib import Path
 
 import torch
 
-from gpt2ds.devices import MIB, processes_on_gpu
+from gpt2ds.devices import processes_on_gpu
 from gpt2ds.ds_profile import load_profile
 from gpt2ds.errors import UserError
 from gpt2ds.memory.fit import fastest_that_fits
 from gpt2ds.memory.formula import MemorySetting, predict
 from gpt2ds.plan import Plan
 from gpt2ds.planning import memory_setting
-
-GIB = 2**30
+from gpt2ds.runlog.metrics import gib
 
 # The rest of a message that names bytes: CUDA's allocator, then the CPU's.
 _ASKED = (re.compile(r"Tried to allocate ([\d.]+) ([KMG]iB)"), re.compile(r"tried to allocate (\d+) (bytes)"))
+# What says so in errors of a general kind: torch on the host and on a GPU, C++, the operating system.
+_NO_MEMORY = (
+    "DefaultCPUAllocator",
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "std::bad_alloc",
+    "Cannot allocate memory",
+)
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 # A setting that ran out of memory was at its limit or beyond: the next one must be predicted to need so much less.
@@ -30,10 +37,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether this is an allocation that failed, on a GPU or on the host."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and (
-        "DefaultCPUAllocator" in text or "out of memory" in text or "CUBLAS_STATUS_ALLOC_FAILED" in text
-    )
+    return isinstance(error, RuntimeError | OSError) and any(words in str(error) for words in _NO_MEMORY)
+
+
+def asked_bytes(error: BaseException) -> float | None:
+    """How much the allocation that failed asked for, where the message says so."""
+    for pattern in _ASKED:
+        if found := pattern.search(str(error)):
+            return float(found[1]) * _UNITS[found[2]]
+    return None
 
 
 def explain(error: BaseException, plan: Plan, *, rank: int, doing: str, checkpoint: str | None) -> str:
@@ -46,10 +58,8 @@ def explain(error: BaseException, plan: Plan, *, rank: int, doing: str, checkpoi
 
 
 def _what_happened(error: BaseException, plan: Plan, rank: int, doing: str) -> str:
-    asked = next((found for pattern in _ASKED if (found := pattern.search(str(error)))), None)
-    amount = "more memory"
-    if asked:
-        amount = f"{_size(float(asked[1]) * _UNITS[asked[2]])} more"
+    asked = asked_bytes(error)
+    amount = f"{gib(asked)} more" if asked else "more memory"
     device = plan.machine.gpus[0].name if plan.machine.gpus else "the CPU"
     return f"Out of memory on rank {rank} ({device}), {doing}: {amount} could not be had, {_where(error)}."
 
@@ -70,13 +80,13 @@ def _where(error: BaseException) -> str:
 def _prediction(plan: Plan) -> list[str]:
     estimate = predict(_setting(plan))
     parts = sorted(estimate.parts.items(), key=lambda part: -part[1])
-    named = ", ".join(f"{name} {_size(size)}" for name, size in parts)
-    lines = [f"Predicted peak: {_size(estimate.peak_bytes)} in the {estimate.phase} phase ({named})."]
+    named = ", ".join(f"{name} {gib(size)}" for name, size in parts)
+    lines = [f"Predicted peak: {gib(estimate.peak_bytes)} in the {estimate.phase} phase ({named})."]
     if plan.machine.gpus:
         lines.append(
-            f"Usable for tensors when the run was planned: {_size(plan.device_bytes)}; torch held "
-            f"{_size(torch.cuda.max_memory_allocated())} at the most and had reserved "
-            f"{_size(torch.cuda.max_memory_reserved())}."
+            f"Usable for tensors when the run was planned: {gib(plan.device_bytes)}; torch held "
+            f"{gib(torch.cuda.max_memory_allocated())} at the most and had reserved "
+            f"{gib(torch.cuda.max_memory_reserved())}."
         )
     return lines
 
@@ -86,10 +96,10 @@ def _held(plan: Plan) -> list[str]:
         import psutil
 
         memory = psutil.virtual_memory()
-        return [f"Of the host's {_size(memory.total)}, {_size(memory.available)} are available."]
+        return [f"Of the host's {gib(memory.total)}, {gib(memory.available)} are available."]
     gpu = plan.machine.gpus[int(os.environ.get("LOCAL_RANK", "0"))]
     others = [
-        f"{name} (pid {pid}) {_size(size) if size is not None else 'an unknown amount'}"
+        f"{name} (pid {pid}) {gib(size) if size is not None else 'an unknown amount'}"
         for pid, name, size in processes_on_gpu(gpu)
         if pid != os.getpid()
     ]
@@ -113,7 +123,7 @@ def _next_setting(plan: Plan, *, resumable: bool) -> list[str]:
     else:
         options = replace(options, micro_batch=found.micro_batch, recompute=found.recompute)
         accumulation = found.accumulation
-        peak = _size(predict(found).peak_bytes)
+        peak = gib(predict(found).peak_bytes)
     # Without a checkpoint the run cannot be resumed, and its folder is taken.
     options = replace(options, accumulation=accumulation, resume=resumable, name=plan.run if resumable else None)
     return [f"Predicted to fit ({peak}), at the same global batch of {plan.global_batch}:", options.command(plan.ranks)]
@@ -149,7 +159,3 @@ def _setting(plan: Plan) -> MemorySetting:
         accumulation=plan.accumulation,
     )
     return replace(setting, loss_chunk=plan.loss_chunk)
-
-
-def _size(size: float) -> str:
-    return f"{size / GIB:.2f} GiB" if size >= GIB / 4 else f"{size / MIB:.1f} MiB"
