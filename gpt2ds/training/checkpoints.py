@@ -66,7 +66,9 @@ def save(engine: TrainingEngine, folder: Path, position: Position, keep: int) ->
     size = 0
     if weights is not None:
         save_weights(target / WEIGHTS, engine.plan.model, weights)
-        files = {path.name: _described(path) for path in sorted(target.iterdir())}
+        # Also below: states that are offloaded to NVMe are copied into a folder of their own.
+        paths = sorted(path for path in target.rglob("*") if path.is_file())
+        files = {path.relative_to(target).as_posix(): _described(path) for path in paths}
         size = sum(file["bytes"] for file in files.values())
         manifest = {
             "format": FORMAT,
@@ -142,7 +144,7 @@ def verify(path: Path, only: str | None = None) -> str | None:
             return f"its format {manifest['format']} is not the {FORMAT} of this version"
         Position(**manifest["position"])
         for name, expected in manifest["files"].items():
-            if Path(name).name != name:
+            if Path(name).is_absolute() or ".." in Path(name).parts:
                 return f"its manifest names a file outside the folder: {name}"
             if only not in (None, name):
                 continue

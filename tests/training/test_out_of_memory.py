@@ -112,6 +112,8 @@ def test_the_next_setting_fits_and_keeps_the_global_batch(wide_corpus: Path, tmp
         (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
         (MemoryError(), True),
+        (RuntimeError("std::bad_alloc"), True),
+        (OSError(12, "Cannot allocate memory"), True),
         (RuntimeError("shapes differ"), False),
         (ValueError("out of memory"), False),
     ],
