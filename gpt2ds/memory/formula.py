@@ -85,7 +85,7 @@ def _states(setting: MemorySetting) -> dict[str, float]:
         parts["reduce buckets"] = s * setting.reduce_bucket_elements
     if setting.offload_optimizer:
         if stage < 3:
-            parts["offload staging"] = 2 * s * largest_parameter(setting)  # facts: s12:659
+            parts["offload staging"] = s * largest_parameter(setting)  # facts: s12:659
     else:
         # With fp32 weights ZeRO keeps a second copy of them (facts: z3:1162 never fires; the same in s12).
         parts["master weights"] = setting.master_bytes * share if stage or s == 2 else 0
@@ -101,15 +101,12 @@ def _gradients(setting: MemorySetting) -> tuple[float, float]:
     match setting.zero_stage:
         case 0:
             return (s * P, 0) if later else (0, s * P)
-        case 1 if setting.dtype == "bf16" and a == 4:
-            return (
-                4 * P,
-                0,
-            )  # DeepSpeed's BF16_Optimizer: one fp32 buffer for all gradients (facts: bf16_optimizer.py:191)
+        case 1 if _has_bf16_optimizer(setting):
+            return 4 * P, 0  # one fp32 buffer for all gradients (facts: bf16_optimizer.py:191)
         case 1 if not setting.offload_optimizer:
-            return (s * P, 0) if later else (0, s * P)
+            return (a * P, 0) if later else (0, s * P)
         case 3:
-            return (0 if setting.offload_optimizer and a == s else a * P / W), 0  # facts: z3:791
+            return (0 if setting.offload_optimizer else a * P / W), 0  # facts: z3:791
         case _ if setting.offload_optimizer:
             return (4 * P / W if a > s else 0), 0
         case _ if a > s:
@@ -128,9 +125,18 @@ def _forward_backward(setting: MemorySetting) -> dict[str, dict[str, float]]:
     kept, added = _gradients(setting)
     always = _states(setting) | {"gradients": kept, "token ids": ids}
 
+    bucket = 0.0
+    if setting.zero_stage == 1 and kept and not _has_bf16_optimizer(setting):
+        # Kept between micro-batches, in the type of the sums.
+        always["reduce buckets"] = DTYPE_BYTES[setting.grad_accum_dtype] * setting.reduce_bucket_elements
+    elif setting.zero_stage in (1, 2):
+        # Allocated in full at the first gradient of every backward pass (facts: s12:3266).
+        bucket = float(s * setting.reduce_bucket_elements * (2 if setting.overlap_comm else 1))
+
     chunk = min(setting.loss_chunk, N)
     tail = N * (2 * s * d + 8)  # the last residual, its norm and the norm's statistics
-    head_sum = head_gradient * (2 if setting.dtype == "fp16" else 1)  # fp16 sums this gradient in fp32
+    # fp16 sums this gradient in fp32 and has a chunk's product beside the sum.
+    head_sum = head_gradient * (3 if setting.dtype == "fp16" else 1)
     phases: dict[str, dict[str, float]] = {
         "loss": always
         | {
@@ -142,10 +148,6 @@ def _forward_backward(setting: MemorySetting) -> dict[str, dict[str, float]]:
         }
     }
 
-    bucket = 0.0
-    if setting.zero_stage in (1, 2):
-        # Allocated in full at the first gradient of every backward pass (facts: s12:3266).
-        bucket = float(s * setting.reduce_bucket_elements * (2 if setting.overlap_comm else 1))
     # From the last block to the first: activations go, gradients come.
     for block in range(L - 1, -1, -1):
         reduced = (L - 1 - block) * model.block_parameters
@@ -192,13 +194,18 @@ def _step(setting: MemorySetting) -> dict[str, dict[str, float]]:
         tile = min(setting.sub_group_elements, share)
         copies = (a if a == s else 0) + (4 if setting.master_bytes == 4 else 0)  # flat copy and fp32 copy (z3:2686)
         return {"step": parts | {"gradients": a * share, "step buffers": max(norm, copies * tile)}}
-    if stage == 1 and setting.dtype == "bf16" and a == 4:
+    if _has_bf16_optimizer(setting):
         return {"step": parts | {"gradients": 4 * P, "gradient norm": norm}}
     if a > s:
         return {"step": parts | {"gradients": a * share, "gradient norm": norm}}
     # Averaged gradients, their flat copy, and the copy in fp32 (facts: s12:3117).
     upcast = 4 * share if s == 2 and setting.master_bytes == 4 else 0.0
     return {"step": parts | {"gradients": s * share, "step buffers": max(s * share + upcast, norm)}}
+
+
+def _has_bf16_optimizer(setting: MemorySetting) -> bool:
+    """DeepSpeed trains ZeRO-1 in bf16 with fp32 sums by an optimizer class of its own (facts: engine.py:2305)."""
+    return setting.zero_stage == 1 and setting.dtype == "bf16" and setting.grad_accum_dtype == "fp32"
 
 
 def largest_parameter(setting: MemorySetting) -> float:
