@@ -88,6 +88,8 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Trace, i
         "ZeRO-2 recomputing": (profile_path(folder, "bf16", {"stage": 2}), "full", 16),
         "ZeRO-2 recomputing some": (profile_path(folder, "bf16", {"stage": 2}), "narrow", 16),
         "step": (profile_path(folder, "bf16", {"stage": 2}, "bf16"), "full", 1),
+        "ZeRO-1 in 16 bits": (profile_path(folder, "fp16", {"stage": 1}, "fp16"), "none", 4),
+        "ZeRO-2 in fp16": (profile_path(folder, "fp16", {"stage": 2}), "none", 4),
         "offload": (profile_path(folder, "bf16", {"stage": 2} | offload, "bf16"), "none", 4),
     }
     requests, predictions = [], []
@@ -101,7 +103,11 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Trace, i
 
 
 @pytest.mark.parametrize(
-    "name", ["ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-2 recomputing", "ZeRO-2 recomputing some", "step"]
+    "name",
+    [
+        *("ZeRO-0", "ZeRO-1", "ZeRO-1 in 16 bits", "ZeRO-2", "ZeRO-2 in fp16", "ZeRO-2 recomputing"),
+        *("ZeRO-2 recomputing some", "step", "offload"),
+    ],
 )
 def test_the_closed_form_agrees(traces: dict[str, tuple[Trace, int]], name: str) -> None:
     seen, predicted = traces[name]
