@@ -2,9 +2,9 @@
 
     python benchmarks/loss_curves.py FOLDER_OF_SHARDS [--steps 200] [--only NAME ...]
 
-Each run is a fresh process (one of them two ranks) that trains gpt2_tiny at a context of 256 from the same weights; a
-technique may move the curve no further than another data order does. States in 16 and 8 bits are reported for
-themselves: they change what the optimizer knows. The runs take about 15 minutes on two cores.
+Each run is a fresh process on a core of its own (one run is two ranks on two) that trains gpt2_tiny at a context of 256
+from the same weights; a technique may move the curve no further than another data order does. States in 16 and 8 bits
+are reported for themselves: they change what the optimizer knows. The runs take about 15 minutes on two cores.
 """
 
 import argparse
@@ -29,8 +29,8 @@ from gpt2ds.devices import free_port, this_machine
 RESULTS = Path(__file__).parent / "results"
 PROFILES = Path(__file__).parent.parent / "ds_configs"
 
-SEQUENCES, CONTEXT = 4, 256
-PEAK_LR, WARMUP_STEPS = 2e-3, 20
+SEQUENCES, CONTEXT = 2, 256
+PEAK_LR, WARMUP_STEPS = 1e-3, 20
 SMOOTHED_STEPS = 20
 
 SIXTEEN_BITS = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
@@ -80,44 +80,67 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="what `gpt2ds prepare` wrote")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--only", nargs="+", choices=[name for name in RUNS if name != "plain"], metavar="NAME")
-    parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)  # this process is a rank of the run in this file
+    # This process is a rank of the run that this folder describes.
+    parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--core", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rank:
+        os.sched_setaffinity(0, {arguments.core})
         train(arguments.rank, arguments.data, arguments.steps)
         return
     names = ["plain", *(arguments.only or [name for name in RUNS if name != "plain"])]
     curves: dict[str, Curve] = {}
     left_out: dict[str, str] = {}
+    chosen: list[str] = []
     for name in names:
         if RUNS[name].eight_bit_states and not _can_import("bitsandbytes"):
             left_out[name] = "bitsandbytes is not installed"
             continue
-        start = time.perf_counter()
-        curves[name] = in_fresh_processes(RUNS[name], arguments.data, arguments.steps)
-        end = statistics.fmean(curves[name][-SMOOTHED_STEPS:])
-        print(f"{name:40} {end:.4f} at the end, {time.perf_counter() - start:.0f} s", flush=True)
+        chosen.append(name)
+    # One run to a core: threads of one run that wait for each other would lose more on a busy machine.
+    free = sorted(os.sched_getaffinity(0))
+    waiting = sorted(chosen, key=lambda name: -RUNS[name].ranks)
+    while waiting:
+        together = [waiting.pop(0)]
+        while waiting and sum(RUNS[name].ranks for name in together) + RUNS[waiting[0]].ranks <= len(free):
+            together.append(waiting.pop(0))
+        curves |= in_fresh_processes(together, arguments.data, arguments.steps, free)
+    curves = {name: curves[name] for name in chosen}
     result = described(curves, left_out, arguments.data, arguments.steps)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "loss_curves.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     draw(curves, RESULTS / "loss_curves.png")
 
 
-def in_fresh_processes(run: Run, data: Path, steps: int) -> Curve:
-    """The loss of every step, the mean over ranks."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "run.json").write_text(json.dumps(asdict(run)), encoding="utf-8")
-        rendezvous = {"WORLD_SIZE": str(run.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        command = [sys.executable, __file__, str(data), "--steps", str(steps), "--rank", str(folder)]
-        ranks = []
-        for rank in range(run.ranks):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"}
-            with (folder / f"{rank}.log").open("w") as log:
-                ranks.append(subprocess.Popen(command, env=os.environ | rendezvous | own, stdout=log, stderr=log))
-        for rank, process in enumerate(ranks):
+def in_fresh_processes(names: list[str], data: Path, steps: int, cores: list[int]) -> dict[str, Curve]:
+    """Runs side by side, a core for each rank: the loss of every step of each, the mean over its ranks."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as work:
+        ranks: list[tuple[subprocess.Popen[bytes], Path]] = []
+        for number, name in enumerate(names):
+            run, folder = RUNS[name], Path(work, str(number))
+            folder.mkdir()
+            (folder / "run.json").write_text(json.dumps(asdict(run)), encoding="utf-8")
+            rendezvous = {"WORLD_SIZE": str(run.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+            for rank in range(run.ranks):
+                command = [sys.executable, __file__, str(data), "--steps", str(steps), "--rank", str(folder)]
+                command += ["--core", str(cores[len(ranks) % len(cores)])]
+                own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+                log = folder / f"{rank}.log"
+                with log.open("w") as file:
+                    process = subprocess.Popen(command, env=os.environ | rendezvous | own, stdout=file, stderr=file)
+                ranks.append((process, log))
+        for process, log in ranks:
             if process.wait():
-                sys.exit((folder / f"{rank}.log").read_text(encoding="utf-8"))
-        return np.mean([np.loadtxt(folder / f"{rank}.txt") for rank in range(run.ranks)], axis=0)
+                sys.exit(log.read_text(encoding="utf-8"))
+        curves = {}
+        for number, name in enumerate(names):
+            losses = [np.loadtxt(path) for path in sorted(Path(work, str(number)).glob("*.txt"))]
+            curves[name] = np.asarray(np.mean(losses, axis=0), dtype=np.float64)
+    for name, curve in curves.items():
+        end = statistics.fmean(curve[-SMOOTHED_STEPS:])
+        print(f"{name:40} {end:.4f} at the end, {time.perf_counter() - start:.0f} s", flush=True)
+    return curves
 
 
 def train(folder: Path, data: Path, steps: int) -> None:
@@ -186,7 +209,7 @@ def smoothed(curve: Curve) -> Curve:
 def described(curves: dict[str, Curve], left_out: dict[str, str], data: Path, steps: int) -> dict[str, Any]:
     """The result file: each curve's distance from the plain one."""
     plain = curves["plain"]
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for name, curve in curves.items():
         distance, smooth = np.abs(curve - plain), np.abs(smoothed(curve) - smoothed(plain))
         rows[name] = {
@@ -235,13 +258,17 @@ def draw(curves: dict[str, Curve], path: Path) -> None:
 
     plain = smoothed(curves["plain"])
     steps = np.arange(SMOOTHED_STEPS, SMOOTHED_STEPS + len(plain))
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 6), layout="constrained")
     orders = [np.abs(smoothed(curves[name]) - plain) for name in DATA_ORDERS if name in curves]
     if orders:
         left.fill_between(steps, 1e-6, np.max(orders, axis=0), color="0.85", label="two other data orders")
+    shown: dict[bytes, list[str]] = {}
     for name in TECHNIQUES:
         if name in curves:
-            left.plot(steps, np.maximum(np.abs(smoothed(curves[name]) - plain), 1e-6), linewidth=1, label=name)
+            shown.setdefault(curves[name].tobytes(), []).append(name)
+    for number, names in enumerate(shown.values()):  # equal to the last bit: one line
+        distance = np.maximum(np.abs(smoothed(curves[names[0]]) - plain), 1e-6)
+        left.plot(steps, distance, linewidth=1, color=f"C{number}", label="\n".join(names))
     left.set(yscale="log", title="techniques: the same training up to rounding", ylabel="|loss - plain loss|, nats")
     for name in DATA_ORDERS | SMALL_STATES:
         if name in curves:
@@ -251,7 +278,7 @@ def draw(curves: dict[str, Curve], path: Path) -> None:
     right.set(title="states in fewer bits: another optimizer", ylabel="loss - plain loss, nats")
     for axes in (left, right):
         axes.set_xlabel(f"step (mean of the last {SMOOTHED_STEPS})")
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)
     figure.savefig(path, dpi=130)
 
 

@@ -181,8 +181,8 @@ def main() -> None:
             "what": "largest micro-batch, by a trace of DeepSpeed on meta tensors and by the formula; no GPU",
             "limit_mib": LIMIT_BYTES // MIB,
             "cublas_workspace_mib": CUBLAS_WORKSPACE_BYTES // MIB,
-            "settings": "bf16, ZeRO-2, micro-batches of 1,024 tokens, accumulation 2, bucket 2e7, loss chunk 1,024, "
-            "last rank, second optimizer step",
+            "settings": "bf16, sequences of 1,024 tokens, accumulation 2, bucket 2e7, loss chunk 1,024, last rank, "
+            "second optimizer step",
             "machine": {"cpu": machine.cpu_name, "cores": machine.cores, "gpu": None},
             "versions": {package: version(package) for package in ("torch", "deepspeed")},
             "cases": {case: earlier[case] for case in CASES if case in earlier},

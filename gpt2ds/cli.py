@@ -92,11 +92,11 @@ def train(gpus: int | None, **given: Any) -> None:
 
     if gpus is not None and not launcher.under_launcher():
         raise SystemExit(launcher.launch(gpus, _without_option(sys.argv[1:], "--gpus")))
-    from gpt2ds.devices import use_expandable_segments
+    from gpt2ds.devices import prepare_cuda
     from gpt2ds.planning import resolve
 
     plan = resolve(TrainOptions(**given), ranks=int(os.environ.get("WORLD_SIZE", "1")))
-    use_expandable_segments()
+    prepare_cuda()
     if plan.device_kind == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed looks for one, and says so
     from gpt2ds.runlog.report import resume_command, write_report
@@ -312,12 +312,12 @@ def bench(
     ] = None,
 ) -> None:
     """Measure speed and memory: a few real steps of every profile and setting, each in a fresh process."""
-    from gpt2ds.devices import use_expandable_segments
+    from gpt2ds.devices import prepare_cuda
     from gpt2ds.probe.bench import run_bench
     from gpt2ds.probe.bench_report import show
     from gpt2ds.probe.bench_settings import BenchOptions
 
-    use_expandable_segments()
+    prepare_cuda()
     options = BenchOptions(
         ds=tuple(ds or ()),
         model=model,

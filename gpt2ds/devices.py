@@ -1,6 +1,8 @@
 """What this machine has: GPUs by NVML, host memory, cores. Never imports torch and never starts CUDA."""
 
+import contextlib
 import importlib.util
+import math
 import os
 import platform
 import socket
@@ -97,7 +99,7 @@ def this_machine() -> Machine:
         cpu_name=_cpu_name(),
         # The cores that this process may use, not those of the host: a container is often given fewer.
         cores=len(os.sched_getaffinity(0)),
-        host_memory_bytes=psutil.virtual_memory().total,
+        host_memory_bytes=int(min(psutil.virtual_memory().total, _container_limit_bytes())),
         gpus=_gpus() if usable else (),
     )
 
@@ -116,12 +118,14 @@ def torch_has_cuda() -> bool:
     return False
 
 
-def use_expandable_segments() -> None:
-    """Lets torch's CUDA allocator grow its segments instead of cutting fixed ones, unless the user has chosen.
+def prepare_cuda() -> None:
+    """Sets what must be set before CUDA starts, unless the user has: the allocator's segments, and the cards' order.
 
-    Must come before CUDA starts. Fixed segments reserve up to 29% more than the tensors need, growing ones 3 to 5%
-    (a replay of gpt2_large's allocations through a model of the allocator).
+    CUDA itself counts the fastest card first, NVML goes by the bus: with unlike cards they would mean different ones.
+    Torch's allocator is let grow its segments: fixed ones reserve up to 29% more than the tensors need, growing ones
+    3 to 5% (a replay of gpt2_large's allocations through a model of the allocator).
     """
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     if "PYTORCH_ALLOC_CONF" not in os.environ:  # the newer name of the same setting
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
@@ -150,8 +154,11 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def processes_on_gpu(gpu: GPU) -> list[tuple[int, str, int | None]]:
-    """(pid, program, bytes held or None where the driver does not say) of every process on a GPU, the largest first."""
+def processes_on_gpu(gpu: GPU) -> list[tuple[int, str, int | None]] | None:
+    """(pid, program, bytes held or None where the driver does not say) of every process on a GPU, the largest first.
+
+    None when NVML cannot tell.
+    """
     import psutil
     import pynvml
 
@@ -166,11 +173,13 @@ def processes_on_gpu(gpu: GPU) -> list[tuple[int, str, int | None]]:
             found[running.pid] = running.usedGpuMemory
         pynvml.nvmlShutdown()
     except pynvml.NVMLError:
-        return []
+        return None
     rows = []
     for pid, held in found.items():
-        # In a container the processes of others have numbers that mean nothing here.
-        name = psutil.Process(pid).name() if psutil.pid_exists(pid) else "a process outside this container"
+        try:
+            name = psutil.Process(pid).name()
+        except psutil.Error:  # in a container NVML's numbers are those of the host
+            name = "unknown"
         rows.append((pid, name, held))
     return sorted(rows, key=lambda row: -(row[2] or 0))
 
@@ -213,6 +222,14 @@ def _gpus() -> tuple[GPU, ...]:
             "or their UUIDs (MIG slices are not supported)."
         )
     return tuple(chosen)
+
+
+def _container_limit_bytes() -> float:
+    """What a container or a scheduler's job may use at most (control groups, both versions)."""
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):
+            return int(Path(path).read_text(encoding="ascii"))
+    return math.inf
 
 
 def _cpu_name() -> str:

@@ -74,9 +74,14 @@ class DsProfile:
     @property
     def moment_bytes(self) -> float:
         """Bytes of each parameter's two moments; in 8 bits with an fp32 scale for each 256 of them."""
+        return {"8bit": 2 * (1 + 4 / 256), "bf16": 4, "fp32": 8}[self.states_dtype]
+
+    @property
+    def states_dtype(self) -> str:
+        """ "fp32", "bf16" or "8bit": in what AdamW's moments are kept."""
         if self.eight_bit_states:
-            return 2 * (1 + 4 / 256)
-        return 4 if section(self.settings, "bf16").get("bf16_optimizer_states") else 8
+            return "8bit"
+        return "bf16" if section(self.settings, "bf16").get("bf16_optimizer_states") else "fp32"
 
     @property
     def compiled_operators(self) -> str | None:
@@ -98,7 +103,7 @@ class DsProfile:
 
     @property
     def micro_batch_is_auto(self) -> bool:
-        """The JSON says "auto": the largest or fastest that fits, at the same global batch."""
+        """The JSON says "auto": the largest that fits, at the same global batch."""
         return self.settings.get("train_micro_batch_size_per_gpu") == "auto"
 
     @property

@@ -264,8 +264,11 @@ def _compile(settings: Settings) -> Iterator[str]:
             "gpt2ds.compile: ZeRO-3 fetches weights in hooks that break every compiled block apart: "
             "remove it, or write stage 1 or 2"
         )
-    policy = own.get("recompute", "none")
-    if policy not in ("none", "full"):
+    to_host = section(settings, "activation_checkpointing").get("cpu_checkpointing")
+    policy = own.get("recompute", "host" if to_host else "none")
+    if policy == "host":
+        yield "gpt2ds.compile does not go with block inputs in host memory (cpu_checkpointing): remove one of them"
+    elif policy not in ("none", "full"):
         yield (
             f'gpt2ds.compile: the products that the recompute policy "{policy}" keeps do not exist in compiled blocks: '
             'write "none" or "full"'
@@ -307,7 +310,7 @@ _RULES: tuple[tuple[Callable[[Settings], Iterator[str]], str], ...] = (
     (_offload, "zero_optimization.stage zero_optimization.offload_optimizer zero_optimization.offload_param"),
     (_optimizer, "optimizer.type"),
     (_recompute, "activation_checkpointing gpt2ds"),
-    (_compile, "gpt2ds zero_optimization.stage"),
+    (_compile, "gpt2ds activation_checkpointing zero_optimization.stage"),
     (_eight_bit_states, "gpt2ds bf16 optimizer zero_optimization.stage zero_optimization.offload_optimizer"),
     (_elsewhere, "checkpoint"),
 )

@@ -101,6 +101,7 @@ class Plan:
         return {f"model {key}": value for key, value in model.items()} | {
             "dtype": self.profile.dtype,
             "ZeRO stage": self.profile.zero_stage,
+            "optimizer states": self.profile.states_dtype,
             "ranks": self.ranks,
             "global batch": self.global_batch,
             "data": self.corpus.digest,

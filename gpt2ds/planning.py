@@ -6,17 +6,15 @@ stand in one error.
 
 import difflib
 import fcntl
-import json
 import os
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from gpt2ds.corpus.shards import Corpus, check_ids, open_corpus
-from gpt2ds.devices import CONTEXT_BYTES, NCCL_BYTES, Machine, card_bytes, this_machine
+from gpt2ds.devices import CONTEXT_BYTES, NCCL_BYTES, Machine, card_bytes, processes_on_gpu, this_machine
 from gpt2ds.ds_profile import DsProfile, load_profile
 from gpt2ds.ds_rules import RECOMPUTE_POLICIES
 from gpt2ds.errors import UserError
@@ -27,6 +25,7 @@ from gpt2ds.memory.host import predict_host
 from gpt2ds.options import DEFAULTS, PEAK_LR, TrainOptions
 from gpt2ds.plan import Plan, Schedule, count_windows, evaluation_interval, warmup_steps
 from gpt2ds.requirements import host_memory_problem, missing_requirements
+from gpt2ds.run_folder import check_same_run, run_folder
 
 GIB = 2**30
 
@@ -46,7 +45,7 @@ def resolve(options: TrainOptions, *, ranks: int, machine: Machine | None = None
     """
     machine = machine or this_machine()
     # A resumed run takes from its earlier session what was not asked for now, so this comes before everything else.
-    folder, options, resumed = (options.out, options, False) if only_measured else _run_folder(options)
+    folder, options, resumed = (options.out, options, False) if only_measured else run_folder(options)
     return _Planner(options, machine, ranks, only_measured).plan(folder, resumed)
 
 
@@ -115,7 +114,7 @@ class _Planner:
             notes=tuple(self.notes),
         )
         if resumed:
-            _check_same_run(plan)
+            check_same_run(plan)
         return plan
 
     @property
@@ -145,6 +144,10 @@ class _Planner:
             value = getattr(self.options, name)
             if value is not None and not value > 0:
                 self.problems.append(f"--{name.replace('_', '-')} must be above 0, not {value}.")
+        if self.options.gpu_memory and card_bytes(self.options.gpu_memory) <= 0 < self.options.gpu_memory:
+            self.problems.append(
+                f"--gpu-memory {self.options.gpu_memory:g} GB leaves nothing for tensors: take 1 or more."
+            )
         if (self.options.warmup_steps or 0) < 0:
             self.problems.append(f"--warmup-steps must be 0 or more, not {self.options.warmup_steps}.")
         if sum(getattr(self.options, name) is not None for name in ("steps", "tokens", "hours")) > 1:
@@ -162,10 +165,10 @@ class _Planner:
         """Whether this machine has what the profile needs."""
         recompute = self.options.recompute or profile.recompute
         self.problems += missing_requirements(profile, recompute, self.machine, self.ranks_here)
-        if profile.compile and recompute not in ("none", "full"):
+        if profile.compile and self.options.recompute not in (None, "none", "full"):
             self.problems.append(
-                f"--recompute {recompute} keeps products that do not exist in compiled blocks: take none or full, or a "
-                "profile without compile."
+                f"--recompute {recompute} does not go with compiled blocks: take none or full, or a profile without "
+                "compile."
             )
 
     def check_host_memory(self, model: GPT2Config, micro_batch: int, accumulation: int) -> None:
@@ -174,7 +177,8 @@ class _Planner:
         parts = predict_host(setting, ranks_here=self.ranks_here, pinned=self.profile.pins_memory)
         if self.machine.kind == "cpu":
             # There every byte is the host's. What is offloaded only moves from one part of it to another.
-            on_host = replace(setting, offload_optimizer=False, offload_param=False, loss_chunk=LOSS_CHUNK["cpu"])
+            chunk = self.profile.loss_chunk or LOSS_CHUNK["cpu"]
+            on_host = replace(setting, offload_optimizer=False, offload_param=False, loss_chunk=chunk)
             parts = {name: size * self.ranks_here for name, size in predict(on_host).parts.items()}
         if problem := host_memory_problem(parts, self.machine):
             self.problems.append(problem)
@@ -203,7 +207,15 @@ class _Planner:
         usable = min(gpu.free_bytes for gpu in self.machine.gpus[: self.ranks_here]) - CONTEXT_BYTES
         if self.options.gpu_memory:
             usable = min(usable, card_bytes(self.options.gpu_memory))
-        return usable - NCCL_BYTES if self.ranks > 1 else usable
+        usable -= NCCL_BYTES if self.ranks > 1 else 0
+        if usable <= 0:
+            fullest = min(self.machine.gpus[: self.ranks_here], key=lambda gpu: gpu.free_bytes)
+            held = ", ".join(f"{name} (pid {pid})" for pid, name, _ in processes_on_gpu(fullest) or [])
+            raise UserError(
+                f"{fullest.name} has only {fullest.free_bytes / GIB:.2f} GiB free: end what holds the rest"
+                f"{f' ({held})' if held else ''}, or choose another card with CUDA_VISIBLE_DEVICES."
+            )
+        return usable
 
     def setting(self, model: GPT2Config, micro_batch: int, accumulation: int) -> MemorySetting:
         """What the memory formula needs to know of this run."""
@@ -396,60 +408,3 @@ def memory_setting(
         master_bytes=profile.master_bytes,
         moment_bytes=profile.moment_bytes,
     )
-
-
-def newest_run(logs: Path) -> Path | None:
-    """The run folder with a complete checkpoint that was started or resumed last."""
-    plans = [path for path in logs.glob("*/plan.json") if any(path.parent.glob("checkpoints/step-*/manifest.json"))]
-    return max(plans, key=lambda path: path.stat().st_mtime).parent if plans else None
-
-
-def _run_folder(options: TrainOptions) -> tuple[Path, TrainOptions, bool]:
-    """(the run's folder, the options completed from an earlier session's, whether the run is resumed)."""
-    if not options.resume:
-        # The launcher starts ranks at slightly different times: rank 0's plan is the one that counts, name included.
-        name = options.name or time.strftime("%Y%m%d-%H%M%S")
-        if Path(name).name != name or name in (".", ".."):
-            raise UserError(f"--name is a name below {options.out}/, not a path: '{name}'.")
-        folder = options.out / name
-        if (folder / "plan.json").exists():
-            raise UserError(
-                f"The run folder {folder} exists already: add --resume to go on with it, or choose another --name."
-            )
-        return folder, options, False
-    named = options.out / options.name if options.name else newest_run(options.out)
-    if named is None or not (named / "plan.json").is_file():
-        where = f"{named} is no run folder" if named else f"no run below {options.out}/ has a checkpoint"
-        raise UserError(f"--resume has nothing to go on with: {where}. Leave --resume out to start a new run.")
-    return named, replace(options.over(_read_plan(named).get("options", {})), name=named.name), True
-
-
-def _read_plan(folder: Path) -> dict[str, Any]:
-    try:
-        content = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("not an object")
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{folder / 'plan.json'} cannot be read ({error}): choose another --name to start a new one."
-        ) from error
-    return content
-
-
-def _check_same_run(plan: Plan) -> None:
-    earlier = _read_plan(plan.folder).get("identity", {})
-    differing = [
-        f"{key} was {earlier.get(key)!r} and is now {value!r}"
-        for key, value in plan.identity().items()
-        if earlier.get(key) != value
-    ]
-    if differing and all(problem.startswith(("ranks", "global batch")) for problem in differing):
-        raise UserError(
-            f"The run {plan.folder} was trained on {earlier['ranks']} ranks: resume it with --gpus {earlier['ranks']} "
-            f"(or --num_gpus {earlier['ranks']} of the launcher)."
-        )
-    if differing:
-        raise UserError(
-            f"The run folder {plan.folder} belongs to another plan: {'; '.join(differing)}. "
-            "Repeat the earlier settings to resume it, or choose another --name."
-        )

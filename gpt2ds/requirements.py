@@ -4,6 +4,7 @@ DeepSpeed finds out in the middle of a start, each rank with a traceback of its 
 
 import importlib.util
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from ctypes.util import find_library
@@ -51,7 +52,7 @@ def _processors(profile: DsProfile, recompute: str, machine: Machine, ranks_here
 
 
 def _compilers(profile: DsProfile, on_cpu: bool) -> Iterator[str]:
-    compiler = os.environ.get("CXX", "c++")
+    compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
     if profile.compile and not (shutil.which(compiler) or shutil.which("gcc")):
         yield f"{profile.name} asks for torch.compile, which needs a C++ compiler: sudo apt install g++."
     operators = profile.compiled_operators
@@ -61,7 +62,10 @@ def _compilers(profile: DsProfile, on_cpu: bool) -> Iterator[str]:
         yield f"{profile.name} needs {operators}, which needs a C++ compiler to be built: sudo apt install g++."
     if not shutil.which("ninja"):
         yield f"{profile.name} needs {operators}, which needs ninja to be built: pip install ninja."
-    if not on_cpu and not shutil.which("nvcc") and not os.environ.get("CUDA_HOME"):
+    # Adam for the CPU is plain C++, on a CUDA machine as well.
+    for_cuda = not on_cpu and not profile.offload_optimizer
+    toolkit = shutil.which("nvcc") or os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if for_cuda and not toolkit and not Path("/usr/local/cuda").exists():
         yield (
             f"{profile.name} needs {operators}, which needs nvcc to be built: install the CUDA toolkit of your "
             "torch's version and set CUDA_HOME."
@@ -83,7 +87,10 @@ def _nvme(profile: DsProfile) -> Iterator[str]:
                 f"offload_{what}.nvme_path {folder} is not a folder that can be written to: create it on the NVMe disk "
                 "or name another."
             )
-    if "nvme" in (profile.offload_optimizer, profile.offload_param) and find_library("aio") is None:
+    # The library alone is not enough: the reader is compiled. Headers may lie where the compiler's variables say.
+    own_paths = any(name in os.environ for name in ("CFLAGS", "CPATH", "CPLUS_INCLUDE_PATH"))
+    has_aio = find_library("aio") and (own_paths or Path("/usr/include/libaio.h").exists())
+    if "nvme" in (profile.offload_optimizer, profile.offload_param) and not has_aio:
         yield f"{profile.name} offloads to NVMe, which needs libaio: sudo apt install libaio-dev."
 
 

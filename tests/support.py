@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ PROFILES = TESTS.parent / "ds_configs"
 
 def cpu_environment(**more: str) -> dict[str, str]:
     """This process's environment, made ready for DeepSpeed on CPUs."""
-    return os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)} | more
+    path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+    return os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": path} | more
 
 
 def free_port() -> int:
@@ -38,11 +40,15 @@ def run_ranks(
         )
         for rank in range(ranks)
     ]
-    results = []
+
+    def finish(process: "subprocess.Popen[str]") -> subprocess.CompletedProcess[str]:
+        out, err = process.communicate(timeout=timeout)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
     try:
-        for process in processes:
-            out, err = process.communicate(timeout=timeout)
-            results.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
+        # All at once: a rank whose full pipe nobody empties would stop, and the others wait for it.
+        with ThreadPoolExecutor(ranks) as readers:
+            results = list(readers.map(finish, processes))
     finally:
         for process in processes:
             process.kill()

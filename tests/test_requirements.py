@@ -11,8 +11,10 @@ from support import run_cli
 
 from gpt2ds.devices import GPU, MIB, Machine
 from gpt2ds.ds_profile import DsProfile, load_profile
+from gpt2ds.ds_rules import RECOMPUTE_POLICIES
 from gpt2ds.errors import UserError
 from gpt2ds.gpt2.config import MODELS
+from gpt2ds.gpt2.policies import POLICIES
 from gpt2ds.memory.host import predict_host
 from gpt2ds.options import TrainOptions
 from gpt2ds.planning import memory_setting, resolve
@@ -57,6 +59,10 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"gpt2ds": {"compile": True, "recompute": "narrow"}},
         ["gpt2ds.compile", '"none" or "full"'],
     ),
+    "compile with inputs in host memory": (
+        {"gpt2ds": {"compile": True}, "activation_checkpointing": {"cpu_checkpointing": True}},
+        ["gpt2ds.compile", "cpu_checkpointing", "remove one"],
+    ),
     "host memory on a CPU": ({"gpt2ds": {"recompute": "host"}}, ["host", "on a CPU take full"]),
     "8-bit states that are offloaded": (
         {"gpt2ds": {"eight_bit_states": True}, "zero_optimization": offload(2, "cpu")},
@@ -91,7 +97,7 @@ def test_a_user_sees_the_sentence_and_exit_code_2(tmp_path: Path, corpus_folder:
 def test_recompute_option_against_a_compiled_profile(tmp_path: Path, corpus_folder: Path) -> None:
     path = str(profile(tmp_path, gpt2ds={"compile": True}))
     options = TrainOptions(ds=path, data=corpus_folder, out=tmp_path, recompute="products")
-    with pytest.raises(UserError, match="--recompute products .* take none or full"):
+    with pytest.raises(UserError, match="--recompute products does not go with compiled blocks: take none or full"):
         resolve(options, ranks=1, machine=CPU)
 
 
@@ -109,6 +115,8 @@ def test_missing_tools_are_named_with_their_package(tmp_path: Path, monkeypatch:
     cpu_adam = missing(profile(tmp_path, **own_adam, zero_optimization=offload(2, "cpu")))
     assert "CPU Adam" in cpu_adam and "apt install g++" in cpu_adam and "pip install ninja" in cpu_adam
     assert "nvcc" not in cpu_adam
+    # Adam for the CPU is plain C++, whatever the machine.
+    assert "nvcc" not in missing(profile(tmp_path, **own_adam, zero_optimization=offload(2, "cpu")), ONE_4090)
     assert "nvcc" in missing(profile(tmp_path, **own_adam), ONE_4090)
     assert "apt install g++" in missing(profile(tmp_path, gpt2ds={"compile": True}))
 
@@ -156,3 +164,18 @@ def test_a_named_model_is_checked_against_the_host(tmp_path: Path, wide_corpus: 
     with pytest.raises(UserError, match="host memory .*pin_memory"):
         resolve(options, ranks=1, machine=ONE_4090)
     resolve(options, ranks=1, machine=replace(ONE_4090, host_memory_bytes=64 * GIB))
+
+
+def test_the_policies_have_the_same_names_everywhere() -> None:
+    assert tuple(POLICIES) == RECOMPUTE_POLICIES
+    help_text = TrainOptions.__dataclass_fields__["recompute"].metadata["help"]
+    assert [name for name in POLICIES if name not in help_text] == []
+
+
+def test_a_card_that_is_full_or_too_small_is_said(tmp_path: Path, wide_corpus: Path) -> None:
+    options = TrainOptions(ds="zero2", model="gpt2_small", data=wide_corpus, out=tmp_path / "logs")
+    full = replace(ONE_4090, gpus=(replace(RTX_4090, free_bytes=300 * MIB),))
+    with pytest.raises(UserError, match="has only 0.29 GiB free: end what holds the rest.*CUDA_VISIBLE_DEVICES"):
+        resolve(options, ranks=1, machine=full)
+    with pytest.raises(UserError, match="--gpu-memory 0.5 GB leaves nothing"):
+        resolve(replace(options, gpu_memory=0.5), ranks=1, machine=ONE_4090)

@@ -22,7 +22,6 @@ class Policy:
     keeps_attention: bool
     keeps_input: bool
     """False: even the block's input waits elsewhere, in pinned host memory."""
-    summary: str
 
 
 # Where the choice lies: bytes kept against arithmetic, from a trace of gpt2_large. Keeping every k-th block whole costs
@@ -33,44 +32,47 @@ POLICIES: dict[str, Policy | None] = {
         keeps=frozenset({"qkv", "proj", "fc"}),
         keeps_attention=True,
         keeps_input=True,
-        summary="keep matrix products and attention, recompute norms and GELU",
     ),
     "alternate": Policy(
         keeps=frozenset({"qkv", "fc"}),
         keeps_attention=True,
         keeps_input=True,
-        summary="keep every other matrix product and attention",
     ),
     "narrow": Policy(
         keeps=frozenset({"qkv", "proj"}),
         keeps_attention=True,
         keeps_input=True,
-        summary="drop the wide output inside the MLP, keep the rest of the products",
     ),
-    "attention": Policy(
-        keeps=frozenset(), keeps_attention=True, keeps_input=True, summary="keep only the attention output"
-    ),
-    "full": Policy(
-        keeps=frozenset(), keeps_attention=False, keeps_input=True, summary="recompute the whole block from its input"
-    ),
+    "attention": Policy(keeps=frozenset(), keeps_attention=True, keeps_input=True),
+    "full": Policy(keeps=frozenset(), keeps_attention=False, keeps_input=True),
     "host": Policy(
         keeps=frozenset(),
         keeps_attention=False,
         keeps_input=False,
-        summary="recompute the whole block, its input kept in host memory (CUDA)",
     ),
 }
 
 
 def kept_products(name: str, model: GPT2Config) -> frozenset[str]:
-    """The products whose outputs are kept under the policy `name` (not "none").
+    """The products whose outputs are kept under the policy `name`, beside the backward pass's own of "none".
 
     The last product, `out`, is not needed in the backward pass, so its output is never worth its memory; except with
     dropout, whose mask is drawn after it: the second forward then runs through it, and keeping it saves 8 d² a token.
     """
     policy = POLICIES[name]
-    assert policy is not None
+    if policy is None:
+        return frozenset()
     return policy.keeps | {"out"} if policy.keeps and model.drop_rate else policy.keeps
+
+
+def keeps_attention(name: str, model: GPT2Config) -> bool:
+    """Whether the attention output is kept under the policy `name`.
+
+    Not with dropout: the kernel draws from the random state, and a second forward that leaves it out would draw other
+    masks than the first from there on.
+    """
+    policy = POLICIES[name]
+    return policy is not None and policy.keeps_attention and not model.drop_rate
 
 
 def saved_bytes_per_token(model: GPT2Config, dtype_bytes: int, recompute: str) -> int:
@@ -85,7 +87,7 @@ def saved_bytes_per_token(model: GPT2Config, dtype_bytes: int, recompute: str) -
         masks = 2 * d if model.drop_rate else 0
         return 16 * s * d + 4 * H + 16 + masks
     kept = s * d * sum(PRODUCTS[product][1] for product in kept_products(recompute, model))
-    if policy.keeps_attention:
+    if keeps_attention(recompute, model):
         kept += s * d + 4 * H
     return kept + s * d if policy.keeps_input else kept
 
@@ -103,5 +105,5 @@ def recomputed_flops_per_token(model: GPT2Config, recompute: str, context: int |
     d = model.emb_dim
     again = set(PRODUCTS) - kept_products(recompute, model) - (set() if model.drop_rate else {"out"})
     products = sum(2 * d * d * PRODUCTS[product][0] * PRODUCTS[product][1] for product in again)
-    attention = 0 if policy.keeps_attention else 4 * (context or model.context_length) * d
+    attention = 0 if keeps_attention(recompute, model) else 4 * (context or model.context_length) * d
     return float(model.n_layers * (products + attention))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import platform
 import shlex
 import signal
@@ -61,9 +62,14 @@ def train(plan: Plan, recorder_for: Callable[[Plan], Recorder]) -> Outcome:
     and whatever the engine raises; the log then ends with the reason.
     """
     cap = card_bytes(plan.options.gpu_memory) if plan.options.gpu_memory else None
-    ranks = start_ranks(plan.device_kind, memory_cap_bytes=cap)
-    # Folder names carry the time and memory can differ between cards: one plan must count, and it is rank 0's.
-    plan = share(plan)
+    try:
+        ranks = start_ranks(plan.device_kind, memory_cap_bytes=cap)
+        # Folder names carry the time and memory can differ between cards: one plan must count, and it is rank 0's.
+        plan = share(plan)
+    except Exception as error:
+        if answer := _answer(error, plan, int(os.environ["RANK"]), "while starting"):
+            raise answer from error
+        raise
     recorder: Recorder = NullLog()
     plan.folder.mkdir(parents=True, exist_ok=True)
     if ranks.rank == 0:
@@ -77,11 +83,7 @@ def train(plan: Plan, recorder_for: Callable[[Plan], Recorder]) -> Outcome:
             raise  # a resume that is refused: the run is as it was
         except BaseException as error:
             step, totals = (run.step, run.totals()) if run else (0, {"tokens": 0, "elapsed_seconds": 0.0})
-            answer = None
-            if is_out_of_memory(error):
-                doing = run.doing if run else "building the engine"
-                saved = checkpoints.newest_name(plan.folder / "checkpoints")
-                answer = MemoryShortageError(explain(error, plan, rank=ranks.rank, doing=doing, checkpoint=saved))
+            answer = _answer(error, plan, ranks.rank, run.doing if run else "building the engine")
             with suppress(OSError):  # on a full disk the first error is the one to see
                 if answer:
                     recorder.record("incident", step, what=" ".join(str(answer).splitlines()))
@@ -101,6 +103,14 @@ def train(plan: Plan, recorder_for: Callable[[Plan], Recorder]) -> Outcome:
         is_main=ranks.rank == 0,
         folder=plan.folder,
     )
+
+
+def _answer(error: BaseException, plan: Plan, rank: int, doing: str) -> MemoryShortageError | None:
+    """What to tell the user when memory ran out; None for any other error."""
+    if not is_out_of_memory(error):
+        return None
+    saved = checkpoints.newest_name(plan.folder / "checkpoints")
+    return MemoryShortageError(explain(error, plan, rank=rank, doing=doing, checkpoint=saved))
 
 
 class _Run:

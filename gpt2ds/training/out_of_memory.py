@@ -8,13 +8,15 @@ from pathlib import Path
 
 import torch
 
-from gpt2ds.devices import processes_on_gpu
+from gpt2ds.devices import GPU, processes_on_gpu
 from gpt2ds.ds_profile import load_profile
-from gpt2ds.errors import UserError
+from gpt2ds.gpt2.policies import POLICIES
 from gpt2ds.memory.fit import fastest_that_fits
 from gpt2ds.memory.formula import MemorySetting, predict
+from gpt2ds.memory.host import predict_host
 from gpt2ds.plan import Plan
 from gpt2ds.planning import memory_setting
+from gpt2ds.requirements import host_memory_problem, missing_requirements
 from gpt2ds.runlog.metrics import gib
 
 # The rest of a message that names bytes: CUDA's allocator, then the CPU's.
@@ -60,7 +62,8 @@ def explain(error: BaseException, plan: Plan, *, rank: int, doing: str, checkpoi
 def _what_happened(error: BaseException, plan: Plan, rank: int, doing: str) -> str:
     asked = asked_bytes(error)
     amount = f"{gib(asked)} more" if asked else "more memory"
-    device = plan.machine.gpus[0].name if plan.machine.gpus else "the CPU"
+    gpu = _own_gpu(plan)
+    device = gpu.name if gpu else "the CPU"
     return f"Out of memory on rank {rank} ({device}), {doing}: {amount} could not be had, {_where(error)}."
 
 
@@ -91,62 +94,85 @@ def _prediction(plan: Plan) -> list[str]:
     return lines
 
 
+def _own_gpu(plan: Plan) -> GPU | None:
+    # The plan describes rank 0's machine; another node may have more cards.
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    return plan.machine.gpus[min(local_rank, len(plan.machine.gpus) - 1)] if plan.machine.gpus else None
+
+
 def _held(plan: Plan) -> list[str]:
-    if not plan.machine.gpus:
+    gpu = _own_gpu(plan)
+    if gpu is None:
         import psutil
 
         memory = psutil.virtual_memory()
         return [f"Of the host's {gib(memory.total)}, {gib(memory.available)} are available."]
-    gpu = plan.machine.gpus[int(os.environ.get("LOCAL_RANK", "0"))]
-    others = [
+    running = processes_on_gpu(gpu)
+    if running is None:
+        return ["Which processes hold memory on this GPU, NVML does not say."]
+    found = [
         f"{name} (pid {pid}) {gib(size) if size is not None else 'an unknown amount'}"
-        for pid, name, size in processes_on_gpu(gpu)
+        for pid, name, size in running
         if pid != os.getpid()
     ]
-    return [f"Other processes hold on this GPU: {', '.join(others)}." if others else "No other process is on this GPU."]
+    if not found:
+        return ["No other process is on this GPU."]
+    # In a container the numbers are those of the host, and this process has another one there.
+    hidden = "" if any(pid == os.getpid() for pid, _, _ in running) else " (one of them may be this process)"
+    return [f"Other processes hold on this GPU{hidden}: {', '.join(found)}."]
 
 
 def _next_setting(plan: Plan, *, resumable: bool) -> list[str]:
-    now = _setting(plan)
+    room, now = _room_bytes(plan), _setting(plan)
     limit = int(predict(now).peak_bytes * STEP_DOWN)
-    policies = ("none", "full") if plan.profile.compile else None
-    more = {"policies": policies} if policies else {}
-    found = fastest_that_fits(now, plan.device_bytes, most_peak_bytes=limit, **more)
+    policies = ("none", "full") if plan.profile.compile else tuple(POLICIES)
     options = plan.options
+    found = fastest_that_fits(now, room, policies=policies, most_peak_bytes=limit)
     if found is None:
-        profile = _other_profile(plan)
-        if profile is None:
-            return ["Nothing smaller is predicted to fit: take a smaller --model or a shorter --context."]
-        options, resumable = replace(options, ds=profile, micro_batch=1, recompute="full"), False
-        accumulation = plan.global_batch // plan.ranks
-        peak = "less"
-    else:
-        options = replace(options, micro_batch=found.micro_batch, recompute=found.recompute)
-        accumulation = found.accumulation
-        peak = gib(predict(found).peak_bytes)
-    # Without a checkpoint the run cannot be resumed, and its folder is taken.
-    options = replace(options, accumulation=accumulation, resume=resumable, name=plan.run if resumable else None)
-    return [f"Predicted to fit ({peak}), at the same global batch of {plan.global_batch}:", options.command(plan.ranks)]
+        # Another profile is another run: a checkpoint belongs to the ZeRO stage that wrote it.
+        name, found = _other_profile(plan, room, limit)
+        options, resumable = replace(options, ds=name), False
+    if found is None:
+        return ["Nothing smaller is predicted to fit: take a smaller --model or a shorter --context."]
+    options = replace(
+        options,
+        micro_batch=found.micro_batch,
+        accumulation=found.accumulation,
+        recompute=found.recompute,
+        # Without a checkpoint the run cannot be resumed, and its folder is taken.
+        resume=resumable,
+        name=plan.run if resumable else None,
+    )
+    several_nodes = plan.ranks > int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or plan.ranks)
+    words = f"Predicted to fit ({gib(predict(found).peak_bytes)}), at the same global batch of {plan.global_batch}"
+    words += ", by the launcher that started this run:" if several_nodes else ":"
+    return [words, options.command(1 if several_nodes else plan.ranks)]
 
 
-def _other_profile(plan: Plan) -> str | None:
-    """A shipped profile of the same dtype that keeps less on the GPU."""
+def _room_bytes(plan: Plan) -> int:
+    """What tensors could have now: less than was planned with when others have come since."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return plan.device_bytes
+    free, _ = torch.cuda.mem_get_info()
+    return min(plan.device_bytes, free + torch.cuda.memory_reserved())
+
+
+def _other_profile(plan: Plan, room: int, limit: int) -> tuple[str | None, MemorySetting | None]:
+    """(name, setting) of a shipped profile of the same dtype that keeps less on the GPU and can run here."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or plan.ranks)
     for name in ("zero3", "zero2_offload", "zero3_offload"):
-        try:
-            profile = load_profile(name)
-        except UserError:
+        profile = load_profile(name)
+        batch = {"micro_batch": plan.micro_batch, "accumulation": plan.accumulation, "ranks": plan.ranks}
+        setting = memory_setting(replace(plan.options, context=plan.context), profile, plan.model, **batch)
+        found = fastest_that_fits(setting, room, most_peak_bytes=limit)
+        if found is None or profile.dtype != plan.profile.dtype or name == plan.profile.name:
             continue
-        setting = memory_setting(
-            replace(plan.options, recompute="full"),
-            profile,
-            plan.model,
-            ranks=plan.ranks,
-            micro_batch=1,
-            accumulation=2,
-        )
-        if profile.dtype == plan.profile.dtype and fastest_that_fits(setting, plan.device_bytes):
-            return name
-    return None
+        host = predict_host(found, ranks_here=here, pinned=profile.pins_memory)
+        if not host_memory_problem(host, plan.machine) and not missing_requirements(
+            profile, found.recompute, plan.machine, here
+        ):
+            return name, found
+    return None, None
 
 
 def _setting(plan: Plan) -> MemorySetting:

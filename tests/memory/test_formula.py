@@ -82,8 +82,9 @@ def test_what_each_policy_keeps_and_costs(recompute: str, numbers: int, extra_pe
 
 def test_dropout_makes_the_last_product_worth_keeping() -> None:
     model = replace(MODELS["gpt2_large"], drop_rate=0.1)
-    kept = [saved_bytes_per_token(model, 2, name) - 4 * 20 for name in ("products", "alternate", "narrow")]
-    assert kept == [numbers * 2 * 1280 for numbers in (11, 10, 7)]
+    # One more for the last product, one less for attention, whose kernel has to draw its mask again.
+    kept = [saved_bytes_per_token(model, 2, name) for name in ("products", "alternate", "narrow", "attention")]
+    assert kept == [numbers * 2 * 1280 for numbers in (10, 9, 6, 1)]
     without = recomputed_flops_per_token(MODELS["gpt2_large"], "full")
     assert recomputed_flops_per_token(model, "full") == without + 36 * 8 * 1280**2
 

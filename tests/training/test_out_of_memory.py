@@ -76,11 +76,12 @@ def test_a_real_shortage_ends_with_a_setting_that_runs(tmp_path: Path, wide_corp
 
 def test_the_answer_on_a_gpu_names_the_parts_and_a_smaller_setting(wide_corpus: Path, tmp_path: Path) -> None:
     options = TrainOptions(ds="zero2", model="gpt2_large", data=wide_corpus, out=tmp_path / "logs", micro_batch=12)
-    plan = resolve(replace(options, accumulation=4), ranks=1, machine=replace(ONE_4090, gpus=()))
-    plan = replace(plan, device_bytes=card_bytes(24))
+    plan = resolve(replace(options, accumulation=4), ranks=1, machine=ONE_4090)
     error = RuntimeError("CUDA out of memory. Tried to allocate 1.20 GiB. GPU 0 has ...")
     message = explain(error, plan, rank=1, doing="in step 7", checkpoint=None)
-    assert "1.20 GiB more could not be had" in message
+    assert "on rank 1 (NVIDIA GeForce RTX 4090), in step 7: 1.20 GiB more could not be had" in message
+    assert "Usable for tensors when the run was planned: 23." in message
+    assert "on this GPU" in message
     assert "activations" in message and "moments" in message
     command = shlex.split(message.splitlines()[-1])
     given = dict(pairwise(command))
@@ -120,3 +121,15 @@ def test_the_next_setting_fits_and_keeps_the_global_batch(wide_corpus: Path, tmp
 )
 def test_what_counts_as_out_of_memory(error: Exception, expected: bool) -> None:
     assert is_out_of_memory(error) is expected
+
+
+def test_another_profile_where_no_setting_of_this_one_fits(wide_corpus: Path, tmp_path: Path) -> None:
+    options = TrainOptions(ds="zero2", model="gpt2_xl", data=wide_corpus, out=tmp_path, micro_batch=1, accumulation=64)
+    plan = resolve(options, ranks=1, machine=ONE_4090)
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6.00 GiB")
+    command = shlex.split(explain(error, plan, rank=0, doing="in step 1", checkpoint="step-00000001").splitlines()[-2])
+    assert command[command.index("--ds") + 1] == "zero2_offload"
+    assert "--resume" not in command
+    # The same on a host that could not hold the states, and with nothing else to turn to.
+    small = replace(plan, machine=replace(ONE_4090, host_memory_bytes=16 * GIB))
+    assert "smaller --model" in explain(error, small, rank=0, doing="in step 1", checkpoint=None).splitlines()[-1]
