@@ -16,6 +16,8 @@ from gpt2ds.ds_rules import section
 
 GIB = 2**30
 
+USUAL_NVCC = Path("/usr/local/cuda/bin/nvcc")  # where torch looks when nothing else is said
+
 
 def missing_requirements(profile: DsProfile, recompute: str, machine: Machine, ranks_here: int) -> list[str]:
     """What this machine lacks for the profile under a recompute policy on so many ranks, a sentence each."""
@@ -65,7 +67,7 @@ def _compilers(profile: DsProfile, on_cpu: bool) -> Iterator[str]:
     # Adam for the CPU is plain C++, on a CUDA machine as well.
     for_cuda = not on_cpu and not profile.offload_optimizer
     toolkit = shutil.which("nvcc") or os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    if for_cuda and not toolkit and not Path("/usr/local/cuda").exists():
+    if for_cuda and not toolkit and not USUAL_NVCC.exists():
         yield (
             f"{profile.name} needs {operators}, which needs nvcc to be built: install the CUDA toolkit of your "
             "torch's version and set CUDA_HOME."

@@ -108,8 +108,9 @@ def missing(path: Path, machine: Machine = CPU) -> str:
 
 def test_missing_tools_are_named_with_their_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CUDA_HOME", raising=False)
-    monkeypatch.delenv("CXX", raising=False)
+    for name in ("CUDA_HOME", "CUDA_PATH", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("gpt2ds.requirements.USUAL_NVCC", tmp_path / "nvcc")
     own_adam = {"optimizer": {"type": "AdamW", "params": {"torch_adam": False}}}
     assert missing(profile(tmp_path)) == ""
     cpu_adam = missing(profile(tmp_path, **own_adam, zero_optimization=offload(2, "cpu")))
