@@ -341,6 +341,58 @@ def bench(
 
 
 @app.command()
+def memory_estimate(
+    model: Annotated[
+        str, typer.Option(metavar="NAME", help="gpt2_tiny, _small, _medium, _large or _xl.")
+    ] = "gpt2_large",
+    ds: Annotated[
+        list[str] | None,
+        typer.Option(metavar="JSON", help="DeepSpeed profile, as often as wanted. Default: all shipped ones."),
+    ] = None,
+    gpus: Annotated[
+        int | None, typer.Option(metavar="N", help="GPUs of all nodes together. Default: those of this machine, or 1.")
+    ] = None,
+    nodes: Annotated[int, typer.Option(metavar="N", help="Machines that share them.")] = 1,
+    gpu_memory: Annotated[
+        float | None,
+        typer.Option(metavar="GB", help="Of each card. Default: what is free on this machine's; 24 without a GPU."),
+    ] = None,
+    micro_batch: Annotated[int | None, typer.Option(metavar="N", help="Default: the profile's.")] = None,
+    accumulation: Annotated[int | None, typer.Option(metavar="N", help="Default: the profile's.")] = None,
+    context: Annotated[int | None, typer.Option(metavar="TOKENS", help="Default: the model's.")] = None,
+    recompute: Annotated[str | None, typer.Option(metavar="POLICY", help="Default: the profile's.")] = None,
+    loss_chunk: Annotated[int | None, typer.Option(metavar="TOKENS", help="Default: the profile's.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
+) -> None:
+    """Say what every profile takes on a GPU, before the run; exit code 1 when none of them fits."""
+    import json
+
+    from gpt2ds.devices import this_machine
+    from gpt2ds.estimate import EstimateOptions, estimate
+    from gpt2ds.estimate_table import show
+
+    options = EstimateOptions(
+        model=model,
+        ds=tuple(ds or ()),
+        gpus=gpus,
+        nodes=nodes,
+        gpu_memory=gpu_memory,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        context=context,
+        recompute=recompute,
+        loss_chunk=loss_chunk,
+    )
+    estimates = estimate(options, this_machine())
+    if as_json:
+        print(json.dumps(estimates.to_dict(), indent=1))
+    else:
+        show(estimates)
+    if not any(row.fits for row in estimates.rows):
+        raise SystemExit(1)
+
+
+@app.command()
 def profiles() -> None:
     """What each shipped DeepSpeed profile is for."""
     from rich.console import Console

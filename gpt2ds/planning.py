@@ -18,6 +18,7 @@ from gpt2ds.devices import CONTEXT_BYTES, NCCL_BYTES, Machine, card_bytes, proce
 from gpt2ds.ds_profile import DsProfile, load_profile
 from gpt2ds.ds_rules import RECOMPUTE_POLICIES
 from gpt2ds.errors import UserError
+from gpt2ds.estimate import LOSS_CHUNK, memory_setting
 from gpt2ds.gpt2.config import MODELS, GPT2Config, find_model, with_context
 from gpt2ds.memory.fit import fits, largest_micro_batch, largest_model
 from gpt2ds.memory.formula import DTYPE_BYTES, Estimate, MemorySetting, predict
@@ -28,10 +29,6 @@ from gpt2ds.requirements import host_memory_problem, missing_requirements
 from gpt2ds.run_folder import check_same_run, run_folder
 
 GIB = 2**30
-
-# Tokens whose logits exist at the same time, where the profile names none. Measured on an AMD EPYC with 2 cores: in
-# fp32 512 is a tenth faster than 128 or 1,024, in bf16 they are equal. For a GPU 1,024 is an assumption.
-LOSS_CHUNK = {"cpu": 512, "cuda": 1024}
 
 T = TypeVar("T")
 
@@ -382,29 +379,3 @@ class _Planner:
             decay_fraction=float(DEFAULTS["decay_fraction"][0]),
             hours=options.hours,
         )
-
-
-def memory_setting(
-    options: TrainOptions, profile: DsProfile, model: GPT2Config, *, ranks: int, micro_batch: int, accumulation: int
-) -> MemorySetting:
-    """What the memory formula needs to know of a model under a profile on GPUs."""
-    return MemorySetting(
-        model=model,
-        context=min(options.context or model.context_length, model.context_length),
-        micro_batch=micro_batch,
-        accumulation=accumulation,
-        ranks=ranks,
-        zero_stage=profile.zero_stage,
-        dtype=profile.dtype,
-        grad_accum_dtype=profile.grad_accum_dtype,
-        recompute=options.recompute or profile.recompute,
-        loss_chunk=profile.loss_chunk or LOSS_CHUNK["cuda"],
-        reduce_bucket_elements=profile.reduce_bucket_elements,
-        overlap_comm=profile.overlap_comm,
-        offload_optimizer=profile.offload_optimizer is not None,
-        offload_param=profile.offload_param is not None,
-        live_parameter_elements=profile.live_parameter_elements,
-        sub_group_elements=profile.sub_group_elements,
-        master_bytes=profile.master_bytes,
-        moment_bytes=profile.moment_bytes,
-    )

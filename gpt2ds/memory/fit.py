@@ -15,9 +15,14 @@ ALLOCATOR_SLACK = 1 - 22_900 / 23_700
 ENOUGH_TOKENS = 8192
 
 
+def tensor_bytes(device_bytes: int) -> int:
+    """What tensors may take of so many bytes that can be reserved."""
+    return int(device_bytes * (1 - ALLOCATOR_SLACK))
+
+
 def fits(estimate: Estimate, device_bytes: int) -> bool:
     """Whether the predicted peak, and what the allocator adds to it, stay below what the device can reserve."""
-    return estimate.peak_bytes <= device_bytes * (1 - ALLOCATOR_SLACK)
+    return estimate.peak_bytes <= tensor_bytes(device_bytes)
 
 
 def largest_micro_batch(setting: MemorySetting, device_bytes: int, *, most: int = 4096) -> int:

@@ -10,12 +10,12 @@ import torch
 
 from gpt2ds.devices import GPU, processes_on_gpu
 from gpt2ds.ds_profile import load_profile
+from gpt2ds.estimate import memory_setting
 from gpt2ds.gpt2.policies import POLICIES
 from gpt2ds.memory.fit import fastest_that_fits
 from gpt2ds.memory.formula import MemorySetting, predict
 from gpt2ds.memory.host import predict_host
 from gpt2ds.plan import Plan
-from gpt2ds.planning import memory_setting
 from gpt2ds.requirements import host_memory_problem, missing_requirements
 from gpt2ds.runlog.metrics import gib
 

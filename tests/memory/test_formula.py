@@ -11,12 +11,12 @@ from support import PROFILES
 
 from gpt2ds.devices import NCCL_BYTES, card_bytes
 from gpt2ds.ds_profile import load_profile
+from gpt2ds.estimate import memory_setting
 from gpt2ds.gpt2.config import MODELS
 from gpt2ds.gpt2.policies import POLICIES, recomputed_flops_per_token, saved_bytes_per_token
 from gpt2ds.memory.fit import fastest_that_fits, fits, largest_micro_batch, largest_model
 from gpt2ds.memory.formula import CUBLAS_WORKSPACE_BYTES, MIB, MemorySetting, _step, predict
 from gpt2ds.options import TrainOptions
-from gpt2ds.planning import memory_setting
 
 CARD_24GB_BYTES = card_bytes(24)
 

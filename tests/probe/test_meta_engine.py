@@ -9,10 +9,10 @@ import pytest
 from support import run_ranks
 
 from gpt2ds.ds_profile import load_profile
+from gpt2ds.estimate import memory_setting
 from gpt2ds.gpt2.config import MODELS, GPT2Config
 from gpt2ds.memory.formula import CUBLAS_WORKSPACE_BYTES, predict
 from gpt2ds.options import TrainOptions
-from gpt2ds.planning import memory_setting
 from gpt2ds.probe.meta_engine import Trace, TraceRequest, trace, trace_all
 
 SMALL = GPT2Config(name="small", emb_dim=128, n_heads=4, n_layers=4, context_length=64, vocab_size=4096)
