@@ -362,6 +362,7 @@ def memory_estimate(
     context: Annotated[int | None, typer.Option(metavar="TOKENS", help="Default: the model's.")] = None,
     recompute: Annotated[str | None, typer.Option(metavar="POLICY", help="Default: the profile's.")] = None,
     loss_chunk: Annotated[int | None, typer.Option(metavar="TOKENS", help="Default: the profile's.")] = None,
+    parts: Annotated[bool, typer.Option("--explain", help="Show what each peak is made of.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
 ) -> None:
     """Say what every profile takes on a GPU, before the run; exit code 1 when none of them fits."""
@@ -369,7 +370,7 @@ def memory_estimate(
 
     from gpt2ds.devices import this_machine
     from gpt2ds.estimate import EstimateOptions, estimate
-    from gpt2ds.estimate_table import show
+    from gpt2ds.estimate_table import explain, show
 
     options = EstimateOptions(
         model=model,
@@ -388,6 +389,8 @@ def memory_estimate(
         print(json.dumps(estimates.to_dict(), indent=1))
     else:
         show(estimates)
+        if parts:
+            explain(estimates)
     if not any(row.fits for row in estimates.rows):
         raise SystemExit(1)
 

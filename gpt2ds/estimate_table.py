@@ -1,6 +1,7 @@
 """The table of `gpt2ds memory-estimate` in the terminal."""
 
 from rich import box
+from rich.bar import Bar
 from rich.console import Console
 from rich.table import Table
 
@@ -9,6 +10,7 @@ from gpt2ds.estimate import Estimates, Row
 GIB = 2**30
 PARTS_SHOWN = 3
 WIDE_COLUMNS = 130
+BAR_COLUMNS = 24
 
 
 def show(estimates: Estimates) -> None:
@@ -36,6 +38,24 @@ def show(estimates: Estimates) -> None:
         "within 0.2%, ZeRO-3 on several GPUs 2%), not measured on a GPU. free: of what can be reserved less 3.4% for "
         "the allocator; in brackets what is missing. largest: micro-batch, all else equal. host: of each machine."
     )
+
+
+def explain(estimates: Estimates) -> None:
+    """Prints what the peak of each profile is made of: its parts one on top of the other."""
+    console = Console(highlight=False)
+    for row in estimates.rows:
+        console.print(
+            f"\n[bold]{row.profile}[/bold]: {row.peak_bytes / GIB:.2f} GiB at its peak, {row.phase}", markup=True
+        )
+        table = Table.grid(padding=(0, 2, 0, 0))
+        for _ in range(4):
+            table.add_column(no_wrap=True)
+        below = 0
+        for name, size in sorted(row.parts.items(), key=lambda part: -part[1]):
+            bar = Bar(row.peak_bytes, below, below + size, width=BAR_COLUMNS)
+            table.add_row(f"  {name}", f"{size / GIB:6.2f}", f"{size / row.peak_bytes:4.0%}", bar)
+            below += size
+        console.print(table)
 
 
 def _cells(row: Row, *, wide: bool) -> list[str]:

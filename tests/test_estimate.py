@@ -87,6 +87,15 @@ def test_the_command_prints_a_table_or_json_and_says_by_its_exit_code_whether_an
     assert run_cli("memory-estimate", "--gpus", 0, cwd=tmp_path).returncode == 2
 
 
+def test_explain_names_every_part_of_the_peak(tmp_path: Path) -> None:
+    shown = run_cli("memory-estimate", "--ds", "zero2", "--gpu-memory", 24, "--explain", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    (row,) = estimate(EstimateOptions(ds=("zero2",)), CPU).rows
+    lines = shown.stdout.splitlines()
+    for name, size in row.parts.items():
+        assert any(line.strip().startswith(name) and f"{size / 2**30:.2f}" in line for line in lines), name
+
+
 def test_it_is_instant_and_imports_no_torch() -> None:
     code = (
         "import sys, time; start = time.perf_counter()\n"
