@@ -147,6 +147,11 @@ def card_bytes(card_gb: float) -> int:
     return int(card_gb * 1024 * MIB) - CARD_OVERHEAD_BYTES
 
 
+def ranks_here(ranks: int) -> int:
+    """How many of a run's ranks are on this machine: torchrun's variable, DeepSpeed's, or all of them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or ranks)
+
+
 def free_port() -> int:
     """A TCP port of this machine that nobody listens on."""
     with socket.socket() as probe:

@@ -62,11 +62,6 @@ class DsProfile:
         return str(self.settings["data_types"]["grad_accum_dtype"])
 
     @property
-    def immediate_grad_update(self) -> bool:
-        """ZeRO-1 in bf16 with fp32 sums: true frees each 16-bit gradient at once, false keeps 2 bytes a parameter."""
-        return bool(section(self.settings, "bf16").get("immediate_grad_update", False))
-
-    @property
     def master_bytes(self) -> int:
         """Bytes of each parameter in the optimizer's own weights."""
         return 2 if section(self.settings, "bf16").get("bf16_master_weights_and_grads") else 4
@@ -100,11 +95,6 @@ class DsProfile:
             for what in ("optimizer", "param")
             if offload_of(self.settings, what)
         )
-
-    @property
-    def micro_batch_is_auto(self) -> bool:
-        """The JSON says "auto": the largest that fits, at the same global batch."""
-        return self.settings.get("train_micro_batch_size_per_gpu") == "auto"
 
     @property
     def micro_batch(self) -> int | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from gpt2ds.corpus.shards import Corpus, check_ids, open_corpus
-from gpt2ds.devices import CONTEXT_BYTES, NCCL_BYTES, Machine, card_bytes, processes_on_gpu, this_machine
+from gpt2ds.devices import CONTEXT_BYTES, NCCL_BYTES, Machine, card_bytes, processes_on_gpu, ranks_here, this_machine
 from gpt2ds.ds_profile import DsProfile, load_profile
 from gpt2ds.ds_rules import RECOMPUTE_POLICIES
 from gpt2ds.errors import UserError
@@ -53,6 +53,7 @@ class _Planner:
         self.options = options
         self.machine = machine
         self.ranks = ranks
+        self.ranks_here = ranks_here(ranks)
         self.only_measured = only_measured
         self.notes: list[str] = []
         self.problems: list[str] = []
@@ -114,11 +115,6 @@ class _Planner:
             check_same_run(plan)
         return plan
 
-    @property
-    def ranks_here(self) -> int:
-        """Ranks on this machine: torchrun's variable, DeepSpeed's, or all of them."""
-        return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or self.ranks)
-
     def attempt(self, part: Callable[[], T]) -> T | None:
         """The part's result, or None and its problem noted, so that the next part can be checked as well."""
         try:
@@ -171,14 +167,19 @@ class _Planner:
     def check_host_memory(self, model: GPT2Config, micro_batch: int, accumulation: int) -> None:
         """Whether the host can build the model and hold what is offloaded to it; on a CPU, all of the training."""
         setting = self.setting(model, micro_batch, accumulation)
-        parts = predict_host(setting, ranks_here=self.ranks_here, pinned=self.profile.pins_memory)
         if self.machine.kind == "cpu":
             # There every byte is the host's. What is offloaded only moves from one part of it to another.
             chunk = self.profile.loss_chunk or LOSS_CHUNK["cpu"]
             on_host = replace(setting, offload_optimizer=False, offload_param=False, loss_chunk=chunk)
             parts = {name: size * self.ranks_here for name, size in predict(on_host).parts.items()}
+        else:
+            parts = self.host_parts(setting)
         if problem := host_memory_problem(parts, self.machine):
             self.problems.append(problem)
+
+    def host_parts(self, setting: MemorySetting) -> dict[str, int]:
+        """What the host must hold beside the GPUs."""
+        return predict_host(setting, ranks_here=self.ranks_here, pinned=self.profile.pins_memory)
 
     def open_corpus(self) -> Corpus:
         """The user's shards, or the embedded text, prepared if need be."""
@@ -230,14 +231,7 @@ class _Planner:
         models = [
             model
             for model in MODELS.values()
-            if not host_memory_problem(
-                predict_host(
-                    self.setting(model, micro_batch, accumulation),
-                    ranks_here=self.ranks_here,
-                    pinned=self.profile.pins_memory,
-                ),
-                self.machine,
-            )
+            if not host_memory_problem(self.host_parts(self.setting(model, micro_batch, accumulation)), self.machine)
         ]
         best = largest_model(models, lambda model: self.setting(model, micro_batch, accumulation), self.device_bytes)
         room = f"{self.device_bytes / GIB:.1f} GiB"

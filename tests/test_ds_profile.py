@@ -354,7 +354,9 @@ def test_completed_accumulation_type(case: tuple[int, str, bool], tmp_path: Path
     stage, dtype, offloaded = case
     profile = load(tmp_path, bare(*case))
     assert profile.grad_accum_dtype == ACCUMULATION_TYPES[case]
-    assert profile.immediate_grad_update == ((stage, dtype, offloaded) == (1, "bf16", False))
+    assert profile.settings.get("bf16", {}).get("immediate_grad_update", False) == (
+        (stage, dtype, offloaded) == (1, "bf16", False)
+    )
     said = [note for note in profile.notes() if note.startswith("gradients accumulate in")]
     assert len(said) == (dtype != "fp32")
     if ACCUMULATION_TYPES[case] == dtype != "fp32":
@@ -406,7 +408,7 @@ def test_deepspeeds_own_adam_where_only_that_works(tmp_path: Path) -> None:
 def test_batches(tmp_path: Path) -> None:
     def batch(**keys: Any) -> tuple[Any, ...]:
         profile = load(tmp_path, keys)
-        return profile.micro_batch, profile.accumulation, profile.global_batch, profile.micro_batch_is_auto
+        return profile.micro_batch, profile.accumulation, profile.global_batch, profile.settings.get(MICRO) == "auto"
 
     assert batch(**{MICRO: 4}) == (4, 1, None, False)
     assert batch(**{MICRO: 4.0, ACCUMULATION: 2}) == (4, 2, None, False)

@@ -28,28 +28,12 @@ class Policy:
 # more of both than the policies between `none` and `full` do.
 POLICIES: dict[str, Policy | None] = {
     "none": None,  # everything is kept and nothing computed again
-    "products": Policy(
-        keeps=frozenset({"qkv", "proj", "fc"}),
-        keeps_attention=True,
-        keeps_input=True,
-    ),
-    "alternate": Policy(
-        keeps=frozenset({"qkv", "fc"}),
-        keeps_attention=True,
-        keeps_input=True,
-    ),
-    "narrow": Policy(
-        keeps=frozenset({"qkv", "proj"}),
-        keeps_attention=True,
-        keeps_input=True,
-    ),
+    "products": Policy(keeps=frozenset({"qkv", "proj", "fc"}), keeps_attention=True, keeps_input=True),
+    "alternate": Policy(keeps=frozenset({"qkv", "fc"}), keeps_attention=True, keeps_input=True),
+    "narrow": Policy(keeps=frozenset({"qkv", "proj"}), keeps_attention=True, keeps_input=True),
     "attention": Policy(keeps=frozenset(), keeps_attention=True, keeps_input=True),
     "full": Policy(keeps=frozenset(), keeps_attention=False, keeps_input=True),
-    "host": Policy(
-        keeps=frozenset(),
-        keeps_attention=False,
-        keeps_input=False,
-    ),
+    "host": Policy(keeps=frozenset(), keeps_attention=False, keeps_input=False),
 }
 
 

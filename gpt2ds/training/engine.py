@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gpt2ds.devices import free_port
+from gpt2ds.devices import free_port, ranks_here
 from gpt2ds.ds_profile import DsProfile
 from gpt2ds.gpt2.model import GPT2
 from gpt2ds.plan import Plan
@@ -54,9 +54,8 @@ def start_ranks(device_kind: str, *, memory_cap_bytes: int | None = None) -> Ran
         # fp32 products stay in fp32: tf32 would change what fp32 means here.
     else:
         device = torch.device("cpu")
-        local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
         # The launcher leaves every rank all cores, and they then fight for them.
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here(world_size)))
     import deepspeed
 
     if device_kind == "cpu":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from gpt2ds.devices import GPU, processes_on_gpu
+from gpt2ds.devices import GPU, processes_on_gpu, ranks_here
 from gpt2ds.ds_profile import load_profile
 from gpt2ds.estimate import memory_setting
 from gpt2ds.gpt2.policies import POLICIES
@@ -143,7 +143,7 @@ def _next_setting(plan: Plan, *, resumable: bool) -> list[str]:
         resume=resumable,
         name=plan.run if resumable else None,
     )
-    several_nodes = plan.ranks > int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or plan.ranks)
+    several_nodes = plan.ranks > ranks_here(plan.ranks)
     words = f"Predicted to fit ({gib(predict(found).peak_bytes)}), at the same global batch of {plan.global_batch}"
     words += ", by the launcher that started this run:" if several_nodes else ":"
     return [words, options.command(1 if several_nodes else plan.ranks)]
@@ -159,7 +159,7 @@ def _room_bytes(plan: Plan) -> int:
 
 def _other_profile(plan: Plan, room: int, limit: int) -> tuple[str | None, MemorySetting | None]:
     """(name, setting) of a shipped profile of the same dtype that keeps less on the GPU and can run here."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or plan.ranks)
+    here = ranks_here(plan.ranks)
     for name in ("zero3", "zero2_offload", "zero3_offload"):
         profile = load_profile(name)
         batch = {"micro_batch": plan.micro_batch, "accumulation": plan.accumulation, "ranks": plan.ranks}

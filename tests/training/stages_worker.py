@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 import torch
+from rank_steps import batches_of, position_at
 
-from gpt2ds.corpus.batches import Batches, Windows
+from gpt2ds.corpus.batches import Windows
 from gpt2ds.gpt2.model import GPT2
 from gpt2ds.options import TrainOptions
 from gpt2ds.plan import Plan
@@ -24,19 +25,8 @@ LR = 1e-3
 STEPS = 3
 
 
-def windows_of(plan: Plan, rank: int, ranks: int, micro_batch: int) -> Batches:
-    return Batches(
-        Windows(plan.corpus.train, plan.context),
-        global_batch=plan.global_batch,
-        micro_batch=micro_batch,
-        rank=rank,
-        ranks=ranks,
-        seed=1,
-    )
-
-
 def one_step(engine: TrainingEngine, plan: Plan, step: int) -> tuple[float, float, bool]:
-    batches = windows_of(plan, engine.ranks.rank, engine.ranks.world_size, plan.micro_batch)
+    batches = batches_of(plan, engine.ranks.rank, engine.ranks.world_size, plan.micro_batch)
     loss = 0.0
     for number, window in enumerate(batches.micro_batches(step * plan.global_batch)):
         if number:
@@ -55,26 +45,12 @@ def plain_torch(plan: Plan) -> tuple[list[float], dict[str, torch.Tensor]]:
     )
     norms = []
     for step in range(STEPS):
-        (window,) = windows_of(plan, 0, 1, plan.global_batch).micro_batches(step * plan.global_batch)
+        (window,) = batches_of(plan, 0, 1, plan.global_batch).micro_batches(step * plan.global_batch)
         model(*to_device(window, torch.device("cpu"))).backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
         optimizer.step()
         optimizer.zero_grad()
     return norms, {name: parameter.detach() for name, parameter in model.named_parameters()}
-
-
-def position_at(step: int) -> checkpoints.Position:
-    return checkpoints.Position(
-        step=step,
-        sequences_seen=0,
-        elapsed_seconds=0.0,
-        skipped_steps=1,
-        learning_rate={},
-        evaluate_every=None,
-        speed_measured=False,
-        schedule={},
-        evaluated_at=0,
-    )
 
 
 def flat(weights: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -112,7 +88,7 @@ def main(profiles: Path, models_file: Path, corpus: Path) -> None:
         text = sample_text(engine, "Fruits", tokens=4, seed=0)
 
         saved = corpus.parent / f"checkpoints-{path.stem}"
-        checkpoints.save(engine, saved, position_at(STEPS + 2), keep=1)
+        checkpoints.save(engine, saved, position_at(STEPS + 2, skipped_steps=1), keep=1)
         going_on = one_step(engine, plan, STEPS + 2)
         resumed_engine = TrainingEngine(plan, ranks, io.StringIO())
         _, position = checkpoints.load(resumed_engine, saved, print)

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rank_steps import batches_of, position_at
 
-from gpt2ds.corpus.batches import Batches, Windows
 from gpt2ds.gpt2.loss import whole_cross_entropy
 from gpt2ds.gpt2.model import GPT2
 from gpt2ds.options import TrainOptions
@@ -31,17 +31,6 @@ STEPS = 20
 CONTEXT = 31
 
 Tensors = dict[str, torch.Tensor]
-
-
-def batches_of(plan: Plan, rank: int, ranks: int, micro_batch: int) -> Batches:
-    return Batches(
-        Windows(plan.corpus.train, plan.context),
-        global_batch=plan.global_batch,
-        micro_batch=micro_batch,
-        rank=rank,
-        ranks=ranks,
-        seed=1,
-    )
 
 
 def gradients_of(engine: TrainingEngine) -> Tensors:
@@ -130,18 +119,7 @@ def compared(plan: Plan, engine: TrainingEngine, reference: Any) -> dict[str, An
 
 def trained(plan: Plan, engine: TrainingEngine, folder: Path) -> dict[str, Any]:
     losses = [one_step(engine, step)[0] for step in range(STEPS)]
-    position = checkpoints.Position(
-        step=STEPS,
-        sequences_seen=0,
-        elapsed_seconds=0.0,
-        skipped_steps=0,
-        learning_rate={},
-        evaluate_every=None,
-        speed_measured=False,
-        schedule={},
-        evaluated_at=0,
-    )
-    checkpoints.save(engine, folder, position, keep=1)
+    checkpoints.save(engine, folder, position_at(STEPS), keep=1)
     going_on = [one_step(engine, step)[0] for step in (STEPS, STEPS + 1)]
     again = TrainingEngine(plan, engine.ranks, io.StringIO())
     checkpoints.load(again, folder, print)

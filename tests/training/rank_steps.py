@@ -1,0 +1,32 @@
+"""What the scripts of several ranks share: their data, and a position to save at."""
+
+from gpt2ds.corpus.batches import Batches, Windows
+from gpt2ds.plan import Plan
+from gpt2ds.training.checkpoints import Position
+
+
+def batches_of(plan: Plan, rank: int, ranks: int, micro_batch: int) -> Batches:
+    """The plan's global batches, cut for so many ranks and this micro-batch."""
+    return Batches(
+        Windows(plan.corpus.train, plan.context),
+        global_batch=plan.global_batch,
+        micro_batch=micro_batch,
+        rank=rank,
+        ranks=ranks,
+        seed=1,
+    )
+
+
+def position_at(step: int, *, skipped_steps: int = 0) -> Position:
+    """A position of which only the steps matter."""
+    return Position(
+        step=step,
+        sequences_seen=0,
+        elapsed_seconds=0.0,
+        skipped_steps=skipped_steps,
+        learning_rate={},
+        evaluate_every=None,
+        speed_measured=False,
+        schedule={},
+        evaluated_at=0,
+    )
