@@ -138,9 +138,23 @@ class DsProfile:
 
     @property
     def live_parameter_elements(self) -> int:
-        """ZeRO-3: most parameters that are gathered at the same time, the prefetched ones included."""
-        zero = section(self.settings, "zero_optimization")
-        return int(zero.get("stage3_max_live_parameters", 1e9)) + int(zero.get("stage3_prefetch_bucket_size", 5e7))
+        """ZeRO-3: gathered parameters beyond which nothing more is fetched ahead."""
+        return int(section(self.settings, "zero_optimization").get("stage3_max_live_parameters", 1e9))
+
+    @property
+    def prefetch_elements(self) -> int:
+        """ZeRO-3: parameters that are fetched ahead at a time."""
+        return int(section(self.settings, "zero_optimization").get("stage3_prefetch_bucket_size", 5e7))
+
+    @property
+    def reuse_distance_elements(self) -> int:
+        """ZeRO-3: parameters that are needed again within so many others stay gathered."""
+        return int(section(self.settings, "zero_optimization").get("stage3_max_reuse_distance", 1e9))
+
+    @property
+    def immediate_grad_update(self) -> bool:
+        """ZeRO-1 in bf16 with fp32 sums: whether each gradient is added to its sum as soon as it is there."""
+        return bool(section(self.settings, "bf16").get("immediate_grad_update", False))
 
     @property
     def sub_group_elements(self) -> int:

@@ -448,7 +448,7 @@ def test_what_a_user_may_wonder_about_is_noted(name: str, tmp_path: Path) -> Non
 def test_buffers_that_the_memory_plan_reads(tmp_path: Path) -> None:
     zero3, two, bare3 = load_profile("zero3"), load_profile("zero2"), load(tmp_path, bare(3, "bf16", False))
     assert (two.overlap_comm, zero3.overlap_comm, bare3.overlap_comm) == (False, True, True)
-    assert bare3.live_parameter_elements == 70_000_000 and bare3.sub_group_elements == 50_000_000
+    assert bare3.live_parameter_elements == 50_000_000 and bare3.sub_group_elements == 50_000_000
     assert two.reduce_bucket_elements == bare3.reduce_bucket_elements == 20_000_000
 
 
