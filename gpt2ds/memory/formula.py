@@ -78,7 +78,7 @@ def _loss(setting: MemorySetting) -> Parts:
         "gathered weights": gathered_bytes(setting, model.n_layers),
         "token ids": TOKEN_ID_BYTES * N,
         # The last residual, its norm and the norm's statistics come after the blocks.
-        "activations": model.n_layers * _kept_by_a_block(setting) + N * (2 * s * d + 8),
+        "activations": model.n_layers * _kept_by_a_block(setting) + N * (2 * s * d + 8) + _first_mask(setting),
         # In fp32, where the softmax is taken in place, and in the compute dtype; rows padded to 64.
         "logits of a chunk": (4 + s if s == 2 else 4) * -(-V // 64) * 64 * chunk,
         # fp16 sums this gradient in fp32 and has a chunk's product beside the sum.
@@ -92,15 +92,18 @@ def _backward(setting: MemorySetting) -> tuple[str, Parts]:
     model, s, N = setting.model, setting.dtype_bytes, setting.tokens
     d, H = model.emb_dim, model.n_heads
     kept = _kept_by_a_block(setting)
-    beside = (4 * H + 16 + (2 * d if model.drop_rate else 0)) * N  # statistics of norms and softmax, dropout's masks
+    # Statistics of norms and softmax; of dropout's two masks the last one is used up at once.
+    beside = (4 * H + 16 + (d if model.drop_rate else 0)) * N
     # Flash attention's backward keeps fp32 sums of the query gradient and the softmax's row sums.
     inside_attention = (4 * d + 4 * H) * N
 
     def working_set(moment: Moment) -> float:
         if moment.block is None:
             return 0.0
-        extra = inside_attention if moment.at == "attention" else 0
-        return WORKING_SET[moment.at] * s * d * N + beside + extra
+        tensors = WORKING_SET[moment.at]
+        if model.drop_rate and moment.at in ("out product", "proj product"):
+            tensors += 1  # the gradient before dropout, beside the one that goes on to the residual
+        return tensors * s * d * N + beside + (inside_attention if moment.at == "attention" else 0)
 
     def live(moment: Moment) -> float:
         below = (moment.block or 0) * kept
@@ -114,7 +117,7 @@ def _backward(setting: MemorySetting) -> tuple[str, Parts]:
     return phase, _states(setting) | {
         "gathered weights": gathered_bytes(setting, moment.block or 0),
         "token ids": TOKEN_ID_BYTES * N,
-        "activations": below + own,
+        "activations": below + own + _first_mask(setting),
         "working set of a block": working_set(moment) - own,
         "gradients": moment.held_bytes,
         "head gradient": moment.head_bytes,
@@ -157,6 +160,11 @@ def _share(setting: MemorySetting) -> float:
 
 def _kept_by_a_block(setting: MemorySetting) -> int:
     return setting.tokens * saved_bytes_per_token(setting.model, setting.dtype_bytes, setting.recompute)
+
+
+def _first_mask(setting: MemorySetting) -> int:
+    """Dropout behind the embeddings keeps its mask to the very end."""
+    return setting.tokens * setting.model.emb_dim if setting.model.drop_rate else 0
 
 
 def largest_parameter(setting: MemorySetting) -> float:
