@@ -1,11 +1,13 @@
 """Running scripts on several ranks and the command line as a user would, in processes of their own."""
 
+import importlib.util
 import os
 import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 TESTS = Path(__file__).parent
@@ -68,3 +70,16 @@ def run_cli(*arguments: Any, cwd: Path, timeout: float = 240, **environment: str
         timeout=timeout,
         check=False,
     )
+
+
+def load_benchmark(name: str) -> ModuleType:
+    """benchmarks/NAME.py as a module, without running it."""
+    folder = TESTS.parent / "benchmarks"
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))  # as when it is run: it may import its neighbours
+    path = folder / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", path)
+    assert spec is not None and spec.loader is not None, path
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
