@@ -129,11 +129,11 @@ def _moments(setting: MemorySetting, places: Layout, gradients: Gradients) -> It
     # The head's and the embedding's gradient of the tied weight, and their sum.
     yield Moment("tied embedding", None, gradients.held_bytes, 0, 3 * head, gradients.bucket_bytes)
     yield from hand_over("tied embedding", None, (places.tokens,), 0)
-    if isinstance(gradients, Reduction):
+    if isinstance(gradients, Reduction | Divided):
         yield Moment("tied embedding", None, gradients.exchange(), 0, 0, gradients.bucket_bytes)
     elif setting.zero_stage == 1 and not setting.has_bf16_optimizer:
         yield from _reduction_after(setting, places)
-    elif setting.zero_stage < 3:
+    else:
         held = gradients.held_bytes + _flat_copies(setting, places)
         yield Moment("reduction", None, held, 0, 0, gradients.bucket_bytes)
 

@@ -194,16 +194,35 @@ class Reduction:
 
 
 class Divided:
-    """ZeRO-3: every gradient goes into a bucket and from there, divided, to its sum, which is there from the start."""
+    """ZeRO-3: gradients go into a bucket and from there, divided, to their sums, which are there from the start."""
 
     def __init__(self, setting: MemorySetting) -> None:
-        a = setting.accumulate_bytes
+        self.s, a = setting.dtype_bytes, setting.accumulate_bytes
+        self.capacity = setting.reduce_bucket_elements
+        self.bucket_bytes = self.s * self.capacity
         self.held_bytes = 0 if setting.offload_optimizer else -(-a * setting.model.parameters // setting.ranks)
-        self.bucket_bytes = setting.dtype_bytes * setting.reduce_bucket_elements
+        self.waiting: list[Place] = []
+        self.filled = 0
 
     def hand_over(self, gradient: Place) -> int:
         """See Gradients."""
-        return self.held_bytes
+        most = self.held_bytes
+        if self.filled + gradient.elements > self.capacity:
+            most = self.exchange()
+        self.waiting.append(gradient)
+        self.filled += gradient.elements
+        if gradient.elements > self.capacity:
+            self.held_bytes += self.s * gradient.elements
+        return most
+
+    def exchange(self) -> int:
+        """Empties the bucket; returns the most that is held on the way."""
+        # The shares of several tensors are sorted by rank into a copy (runtime/comm/coalesced_collectives.py:122).
+        most = self.held_bytes + (self.s * self.filled if len(self.waiting) > 1 else 0)
+        self.held_bytes -= self.s * sum(one.elements for one in self.waiting if one.elements > self.capacity)
+        self.waiting.clear()
+        self.filled = 0
+        return most
 
 
 def reduces_at_once(setting: MemorySetting) -> bool:
