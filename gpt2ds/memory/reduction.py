@@ -1,7 +1,7 @@
 """Where gradients wait between the product that makes them and the optimizer's step: on the last rank, by tensor.
 
 The last rank is the one that peaks highest: it owns the last layers, whose gradients come first. References are to
-deepspeed 0.19.8: s12 = runtime/zero/stage_1_and_2.py.
+deepspeed 0.19.8: s12 = runtime/zero/stage_1_and_2.py, z3 = runtime/zero/stage3.py.
 """
 
 from dataclasses import dataclass
@@ -18,9 +18,13 @@ class Place:
     elements: int
     first_rank: int
     last_rank: int
-    is_own: bool
-    """Whether a part of it is in the last rank's share."""
     own_elements: int
+    """Of them in the last rank's share."""
+
+    @property
+    def is_own(self) -> bool:
+        """Whether a part of it is in the last rank's share."""
+        return self.own_elements > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +85,7 @@ class _Shares:
         begin, self.filled = self.filled, self.filled + elements
         first, last = begin // self.share, (self.filled - 1) // self.share
         own = self.filled - max(begin, self.share * (self.ranks - 1)) if last == self.ranks - 1 else 0
-        self.placed.append(Place(elements, first, last, last == self.ranks - 1, own))
+        self.placed.append(Place(elements, first, last, own))
         return self.placed[-1]
 
 
@@ -200,6 +204,7 @@ class Divided:
         self.s, a = setting.dtype_bytes, setting.accumulate_bytes
         self.capacity = setting.reduce_bucket_elements
         self.bucket_bytes = self.s * self.capacity
+        self.converted_bytes = a / setting.ranks if a > self.s else 0
         self.held_bytes = 0 if setting.offload_optimizer else -(-a * setting.model.parameters // setting.ranks)
         self.waiting: list[Place] = []
         self.filled = 0
@@ -217,8 +222,10 @@ class Divided:
 
     def exchange(self) -> int:
         """Empties the bucket; returns the most that is held on the way."""
-        # The shares of several tensors are sorted by rank into a copy (runtime/comm/coalesced_collectives.py:122).
-        most = self.held_bytes + (self.s * self.filled if len(self.waiting) > 1 else 0)
+        # The shares of several tensors are sorted by rank into a copy (runtime/comm/coalesced_collectives.py:122), and
+        # the own ones turned into the type of the sums (z3:1912).
+        copies = self.s * self.filled if len(self.waiting) > 1 else 0
+        most = self.held_bytes + copies + int(self.converted_bytes * self.filled)
         self.held_bytes -= self.s * sum(one.elements for one in self.waiting if one.elements > self.capacity)
         self.waiting.clear()
         self.filled = 0
