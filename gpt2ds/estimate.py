@@ -3,17 +3,19 @@
 The setting that is estimated here is the one that a plan trains: both come from `memory_setting`.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from gpt2ds.devices import CONTEXT_BYTES, NCCL_BYTES, Machine, card_bytes
 from gpt2ds.ds_profile import DsProfile, load_profile, shipped_profiles
-from gpt2ds.ds_rules import RECOMPUTE_POLICIES
+from gpt2ds.ds_rules import RECOMPUTE_POLICIES, section
 from gpt2ds.errors import UserError
 from gpt2ds.gpt2.config import GPT2Config, find_model, with_context
-from gpt2ds.gpt2.policies import recomputed_flops_per_token
-from gpt2ds.memory.fit import fits, largest_micro_batch, tensor_bytes
-from gpt2ds.memory.formula import MemorySetting, predict
+from gpt2ds.gpt2.policies import POLICIES, recomputed_flops_per_token
+from gpt2ds.memory.communication import Traffic, traffic
+from gpt2ds.memory.fit import divisors, fastest_that_fits, fits, largest_micro_batch, tensor_bytes
+from gpt2ds.memory.formula import DTYPE_BYTES, MemorySetting, predict
 from gpt2ds.memory.host import predict_host
 from gpt2ds.options import TrainOptions
 
@@ -30,6 +32,7 @@ class EstimateOptions:
     """What is asked of an estimate; None takes the profile's value or, for the cards, the machine's."""
 
     model: str = "gpt2_large"
+    models_file: Path | None = None
     ds: tuple[str, ...] = ()
     gpus: int | None = None
     nodes: int = 1
@@ -39,6 +42,7 @@ class EstimateOptions:
     context: int | None = None
     recompute: str | None = None
     loss_chunk: int | None = None
+    global_batch: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +69,11 @@ class Row:
     """Everything else equal; 0 when not even one sequence fits."""
     host_bytes: int
     host_parts: dict[str, int]
+    traffic: Traffic
+    """What each rank sends in an optimizer step."""
+    source: DsProfile
+    setting: MemorySetting
+    """What the figures are computed from."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +88,18 @@ class Estimates:
 
     def to_dict(self) -> dict[str, Any]:
         """For --json."""
-        return asdict(self) | {"source": "formula, not measured on a GPU", "model": self.model.to_dict()}
+        return {
+            "source": "formula, not measured on a GPU",
+            "model": self.model.to_dict(),
+            "device": self.device,
+            "room_bytes": self.room_bytes,
+            "rows": [_plain(row) for row in self.rows],
+        }
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    about = {field.name: getattr(row, field.name) for field in fields(row) if field.name not in ("source", "setting")}
+    return about | {"traffic": asdict(row.traffic)}
 
 
 def estimate(options: EstimateOptions, machine: Machine) -> Estimates:
@@ -87,8 +107,20 @@ def estimate(options: EstimateOptions, machine: Machine) -> Estimates:
 
     Raises UserError with every mistake in the options, a line each.
     """
+    model, ranks = model_and_ranks(options, machine)
+    device, room = card(options, machine, ranks=ranks)
+    names = options.ds or tuple(path.stem for path in shipped_profiles())
+    rows = []
+    for profile in map(load_profile, names):
+        setting = _setting(profile, options, model, ranks, room)
+        rows.append(row_of(profile, setting, nodes=options.nodes, room=room))
+    return Estimates(model=model, device=device, room_bytes=room, rows=tuple(rows))
+
+
+def model_and_ranks(options: EstimateOptions, machine: Machine) -> tuple[GPT2Config, int]:
+    """(the model at the asked context, GPUs of all nodes). Raises UserError with every mistake in the options."""
     _check(options)
-    model = find_model(options.model)
+    model = find_model(options.model, options.models_file)
     if (options.context or 0) > model.context_length:
         raise UserError(
             f"--context {options.context} is longer than the {model.context_length} tokens that {model.name} can see; "
@@ -96,11 +128,7 @@ def estimate(options: EstimateOptions, machine: Machine) -> Estimates:
         )
     if options.context:
         model = with_context(model, options.context)
-    here = options.gpus or max(1, len(machine.gpus)) * options.nodes
-    device, room = card(options, machine, ranks=here)
-    names = options.ds or tuple(path.stem for path in shipped_profiles())
-    rows = [_row(load_profile(name), options, model, here, room) for name in names]
-    return Estimates(model=model, device=device, room_bytes=room, rows=tuple(rows))
+    return model, options.gpus or max(1, len(machine.gpus)) * options.nodes
 
 
 def card(options: EstimateOptions, machine: Machine, *, ranks: int) -> tuple[str, int]:
@@ -134,35 +162,91 @@ def memory_setting(
         offload_optimizer=profile.offload_optimizer is not None,
         offload_param=profile.offload_param is not None,
         live_parameter_elements=profile.live_parameter_elements,
+        prefetch_elements=profile.prefetch_elements,
+        reuse_distance_elements=profile.reuse_distance_elements,
+        immediate_grad_update=profile.immediate_grad_update,
         sub_group_elements=profile.sub_group_elements,
         master_bytes=profile.master_bytes,
         moment_bytes=profile.moment_bytes,
     )
 
 
-def _row(profile: DsProfile, options: EstimateOptions, model: GPT2Config, ranks: int, room: int) -> Row:
-    accumulation = options.accumulation or profile.accumulation or 1
-    micro_batch = options.micro_batch or profile.micro_batch
-    if micro_batch is None:  # "auto", or what the global batch leaves
-        micro_batch = max(1, (profile.global_batch or ranks) // (ranks * accumulation))
+def policies_of(profile: DsProfile, asked: str | None) -> tuple[str, ...]:
+    """The recompute policies that a search may choose from: the one asked for, else the one that the profile names,
+    else all that it can have.
+    """
+    if asked:
+        return (asked,)
+    if "recompute" in section(profile.raw, "gpt2ds") or profile.raw.get("activation_checkpointing") is not None:
+        return (profile.recompute,)
+    return possible_policies(profile)
+
+
+def possible_policies(profile: DsProfile) -> tuple[str, ...]:
+    """The recompute policies that the profile's blocks can have."""
+    return ("none", "full") if profile.compile else tuple(POLICIES)
+
+
+def asks_for_auto(profile: DsProfile) -> bool:
+    """Whether the micro-batch is left to the program, at a global batch that the profile fixes."""
+    return profile.settings.get("train_micro_batch_size_per_gpu") == "auto"
+
+
+def check_global_batch(name: str, total: int, ranks: int) -> None:
+    """Raises UserError when so many sequences cannot be divided equally among the ranks; `name` is where they come
+    from.
+    """
+    if total % ranks:
+        near = [size for size in (total // ranks * ranks, (total // ranks + 1) * ranks) if size]
+        raise UserError(
+            f"{name} {total} does not divide by {ranks} ranks; the nearest that do are {' and '.join(map(str, near))}."
+            if len(near) > 1
+            else f"{name} {total} does not divide by {ranks} ranks; the nearest that does is {near[0]}."
+        )
+
+
+def _setting(profile: DsProfile, options: EstimateOptions, model: GPT2Config, ranks: int, room: int) -> MemorySetting:
+    """The setting that a profile's row is about."""
     asked = TrainOptions(recompute=options.recompute, context=options.context)
-    setting = memory_setting(asked, profile, model, ranks=ranks, micro_batch=micro_batch, accumulation=accumulation)
-    if options.loss_chunk:
-        setting = replace(setting, loss_chunk=options.loss_chunk)
+
+    def of(micro_batch: int, accumulation: int) -> MemorySetting:
+        found = memory_setting(asked, profile, model, ranks=ranks, micro_batch=micro_batch, accumulation=accumulation)
+        return replace(found, loss_chunk=options.loss_chunk or found.loss_chunk)
+
+    micro_batch, accumulation = options.micro_batch or profile.micro_batch, options.accumulation or profile.accumulation
+    total = options.global_batch or profile.global_batch
+    if total is None or (micro_batch and options.accumulation):
+        assert micro_batch is not None, "a profile without a micro-batch has a global batch"
+        return of(micro_batch, accumulation or 1)
+    check_global_batch("--global-batch" if options.global_batch else f"{profile.name}: train_batch_size", total, ranks)
+    per_rank = total // ranks
+    if asks_for_auto(profile) and not (options.micro_batch or options.accumulation):
+        auto = fastest_that_fits(of(1, per_rank), room, policies=policies_of(profile, options.recompute))
+        return auto or of(1, per_rank)
+    if micro_batch is None:
+        micro_batch = per_rank // accumulation if accumulation and per_rank % accumulation == 0 else 1
+    if per_rank % micro_batch:
+        # Never another global batch: the largest micro-batch below that divides it.
+        micro_batch = max(size for size in divisors(per_rank) if size <= micro_batch)
+    return of(micro_batch, per_rank // micro_batch)
+
+
+def row_of(profile: DsProfile, setting: MemorySetting, *, nodes: int, room: int) -> Row:
+    """A profile's estimate at a setting. room: bytes that torch can reserve on each GPU."""
+    ranks = setting.ranks
     predicted = predict(setting)
     # Ranks of one node share its host.
-    host = predict_host(setting, ranks_here=-(-ranks // options.nodes), pinned=profile.pins_memory)
-    flops = recomputed_flops_per_token(model, setting.recompute, setting.context)
+    host = predict_host(setting, ranks_here=-(-ranks // nodes), pinned=profile.pins_memory)
     return Row(
         profile=profile.name,
         zero_stage=profile.zero_stage,
         dtype=profile.dtype,
         ranks=ranks,
-        micro_batch=micro_batch,
-        accumulation=accumulation,
-        global_batch=micro_batch * accumulation * ranks,
+        micro_batch=setting.micro_batch,
+        accumulation=setting.accumulation,
+        global_batch=setting.micro_batch * setting.accumulation * ranks,
         recompute=setting.recompute,
-        recompute_percent=round(100 * flops / model.flops_per_token(setting.context), 1),
+        recompute_percent=recompute_percent(setting),
         peak_bytes=predicted.peak_bytes,
         phase=predicted.phase,
         parts=predicted.parts,
@@ -171,13 +255,29 @@ def _row(profile: DsProfile, options: EstimateOptions, model: GPT2Config, ranks:
         largest_micro_batch=largest_micro_batch(setting, room),
         host_bytes=sum(host.values()),
         host_parts=host,
+        traffic=traffic(setting, gradient_bytes=gradient_bytes(profile)),
+        source=profile,
+        setting=setting,
     )
+
+
+def recompute_percent(setting: MemorySetting) -> float:
+    """Arithmetic that the recompute policy adds, in percent of a step's."""
+    flops = recomputed_flops_per_token(setting.model, setting.recompute, setting.context)
+    return round(100 * flops / setting.model.flops_per_token(setting.context), 1)
+
+
+def gradient_bytes(profile: DsProfile) -> int | None:
+    """Bytes of each gradient on its way between ranks where the profile says so, else None."""
+    return DTYPE_BYTES.get(profile.settings.get("communication_data_type") or "")
 
 
 def _check(options: EstimateOptions) -> None:
     problems = [
         f"--{name.replace('_', '-')} must be above 0, not {value}."
-        for name in ("gpus", "nodes", "gpu_memory", "micro_batch", "accumulation", "context", "loss_chunk")
+        for name in (
+            *("gpus", "nodes", "gpu_memory", "micro_batch", "accumulation", "context", "loss_chunk", "global_batch"),
+        )
         if (value := getattr(options, name)) is not None and not value > 0
     ]
     if options.gpu_memory and options.gpu_memory > 0 and card_bytes(options.gpu_memory) <= 0:
