@@ -18,9 +18,9 @@ from gpt2ds.devices import CONTEXT_BYTES, NCCL_BYTES, Machine, card_bytes, proce
 from gpt2ds.ds_profile import DsProfile, load_profile
 from gpt2ds.ds_rules import RECOMPUTE_POLICIES
 from gpt2ds.errors import UserError
-from gpt2ds.estimate import LOSS_CHUNK, memory_setting
+from gpt2ds.estimate import LOSS_CHUNK, asks_for_auto, check_global_batch, memory_setting, policies_of
 from gpt2ds.gpt2.config import MODELS, GPT2Config, find_model, with_context
-from gpt2ds.memory.fit import fits, largest_micro_batch, largest_model
+from gpt2ds.memory.fit import divisors, fastest_that_fits, fits, largest_micro_batch, largest_model
 from gpt2ds.memory.formula import DTYPE_BYTES, Estimate, MemorySetting, predict
 from gpt2ds.memory.host import predict_host
 from gpt2ds.options import DEFAULTS, PEAK_LR, TrainOptions
@@ -69,6 +69,7 @@ class _Planner:
         self.stop_at_problems()
         assert profile is not None and corpus is not None
         self.profile, self.corpus = profile, corpus
+        self.recompute = self.options.recompute or profile.recompute
         self.notes += profile.notes()
         self.device_bytes = self.usable_bytes()
 
@@ -102,7 +103,7 @@ class _Planner:
             micro_batch=micro_batch,
             accumulation=accumulation,
             context=context,
-            recompute=self.options.recompute or profile.recompute,
+            recompute=self.recompute,
             loss_chunk=profile.loss_chunk or LOSS_CHUNK[self.machine.kind],
             schedule=schedule,
             resumed=resumed,
@@ -217,8 +218,9 @@ class _Planner:
 
     def setting(self, model: GPT2Config, micro_batch: int, accumulation: int) -> MemorySetting:
         """What the memory formula needs to know of this run."""
+        options = replace(self.options, recompute=self.recompute)
         return memory_setting(
-            self.options, self.profile, model, ranks=self.ranks, micro_batch=micro_batch, accumulation=accumulation
+            options, self.profile, model, ranks=self.ranks, micro_batch=micro_batch, accumulation=accumulation
         )
 
     def default_model(self) -> GPT2Config:
@@ -259,32 +261,38 @@ class _Planner:
                     "add one, or give --micro-batch."
                 )
             return micro_batch, accumulation or 1
-        if total % ranks:
-            near = [size for size in (total // ranks * ranks, (total // ranks + 1) * ranks) if size]
-            raise UserError(
-                f"train_batch_size {total} does not divide by {ranks} ranks; the nearest that do are "
-                f"{' and '.join(map(str, near))}."
-            )
+        check_global_batch("train_batch_size", total, ranks)
         per_rank = total // ranks
-        divisors = [size for size in range(1, per_rank + 1) if per_rank % size == 0]
+        if asks_for_auto(profile) and not (options.micro_batch or options.accumulation):
+            return self.auto_batch(model, per_rank)
         if micro_batch is None:
-            most = per_rank
-            if self.machine.kind == "cuda":
-                most = largest_micro_batch(self.setting(model, 1, 2), self.device_bytes)
-            micro_batch = max(size for size in divisors if size <= max(1, most))
-            self.notes.append(
-                f"Micro-batch {micro_batch}: the largest predicted to fit that divides the {per_rank} sequences "
-                "of a rank."
-            )
-            return micro_batch, per_rank // micro_batch
+            micro_batch = max(1, per_rank // (accumulation or 1))
+        sizes = divisors(per_rank)
         if per_rank % micro_batch or (accumulation and micro_batch * accumulation != per_rank):
-            near = sorted(sorted(divisors, key=lambda size: abs(size - micro_batch))[:2])
+            near = sorted(sorted(sizes, key=lambda size: abs(size - micro_batch))[:2])
             raise UserError(
                 f"train_batch_size {total} is not micro-batch {micro_batch} x accumulation {accumulation or '?'} x "
                 f"{ranks} ranks; the nearest micro-batches are {', '.join(map(str, near))} "
                 f"with accumulation {', '.join(str(per_rank // size) for size in near)}."
             )
         return micro_batch, per_rank // micro_batch
+
+    def auto_batch(self, model: GPT2Config, per_rank: int) -> tuple[int, int]:
+        """(micro_batch, accumulation) that should be fastest of those predicted to fit; with them the recompute policy,
+        where neither the user nor the profile names one.
+        """
+        policies = policies_of(self.profile, self.options.recompute)
+        room = self.device_bytes // (self.ranks_here if self.machine.kind == "cpu" else 1)
+        found = fastest_that_fits(self.setting(model, 1, per_rank), room, policies=policies)
+        if found is None:
+            return 1, per_rank  # and `estimate` says that it does not fit
+        self.recompute = found.recompute
+        policy = f", recompute {found.recompute}" if len(policies) > 1 else ""
+        self.notes.append(
+            f"Micro-batch {found.micro_batch}, accumulation {found.accumulation}{policy}: the fastest that is "
+            f"predicted to fit at the global batch of {per_rank * self.ranks}."
+        )
+        return found.micro_batch, found.accumulation
 
     def estimate(self, model: GPT2Config, micro_batch: int, accumulation: int) -> Estimate | None:
         """The predicted memory on a GPU, with a note when it does not fit."""

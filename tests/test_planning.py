@@ -9,6 +9,7 @@ import pytest
 
 from gpt2ds.devices import GPU, MIB, Machine, card_bytes, peak_flops, this_machine
 from gpt2ds.errors import UserError
+from gpt2ds.estimate import EstimateOptions, estimate
 from gpt2ds.options import DEFAULTS, TrainOptions
 from gpt2ds.plan import Plan, count_windows
 from gpt2ds.planning import resolve
@@ -56,6 +57,8 @@ def test_a_model_that_will_not_fit_is_said_beforehand(wide_corpus: Path, tmp_pat
         ({"train_batch_size": 24, "gradient_accumulation_steps": 3}, {"micro_batch": 4}, 2, (4, 3)),
         ({"train_batch_size": 24, "train_micro_batch_size_per_gpu": 4}, {"micro_batch": 6}, 2, (6, 2)),
         ({"train_micro_batch_size_per_gpu": 4}, {"micro_batch": 2, "accumulation": 5}, 1, (2, 5)),
+        ({"train_batch_size": 24, "gradient_accumulation_steps": 3}, {}, 2, (4, 3)),
+        ({"train_batch_size": 24}, {}, 2, (12, 1)),
     ],
 )
 def test_batch_arithmetic(
@@ -84,11 +87,43 @@ def test_batches_that_do_not_divide_name_the_nearest(
         plan_of(wide_corpus, tmp_path, CPU, ranks=ranks, ds=write_profile(tmp_path, **batch), **options)
 
 
-def test_auto_takes_the_largest_that_fits_at_the_same_global_batch(wide_corpus: Path, tmp_path: Path) -> None:
+def test_auto_is_the_fastest_that_fits_at_the_same_global_batch(wide_corpus: Path, tmp_path: Path) -> None:
+    auto = {"train_batch_size": 96, "train_micro_batch_size_per_gpu": "auto"}
+
+    def planned(ranks: int = 1, own: dict[str, Any] | None = None, **options: Any) -> tuple[int, int, str]:
+        ds = write_profile(tmp_path, **auto | (own or {}))
+        machine = ONE_4090 if ranks == 1 else TWO_4090
+        plan = plan_of(wide_corpus, tmp_path, machine, ranks, ds=ds, model="gpt2_large", **options)
+        assert plan.global_batch == 96
+        assert plan.estimate is not None and plan.estimate.peak_bytes < plan.device_bytes
+        assert any("fastest that is predicted to fit" in note for note in plan.notes)
+        assert plan.ds_config()["gradient_accumulation_steps"] == plan.accumulation
+        return plan.micro_batch, plan.accumulation, plan.recompute
+
+    # A profile that is silent on recompute gets what is found; 6 would fit without any, too few to fill a card.
+    assert planned() == (8, 12, "products")
+    assert planned(ranks=2) == (8, 6, "none")
+    # One that names a policy keeps it, and so does the user.
+    assert planned(own={"gpt2ds": {"recompute": "none"}}) == (6, 16, "none")
+    assert planned(own={"activation_checkpointing": {}}) == (48, 2, "full")
+    assert planned(recompute="none") == (6, 16, "none")
+    # The accumulation changes with the micro-batch, also where the profile has a number for it.
+    assert planned(own={"gradient_accumulation_steps": 2}) == (8, 12, "products")
+    # The same code answers `memory-estimate`.
+    ds = write_profile(tmp_path, **auto)
+    (row,) = estimate(EstimateOptions(ds=(ds,)), ONE_4090).rows
+    assert (row.micro_batch, row.accumulation, row.recompute) == (8, 12, "products")
+
+
+def test_auto_where_nothing_fits_and_on_a_cpu(wide_corpus: Path, tmp_path: Path) -> None:
     ds = write_profile(tmp_path, train_batch_size=96, train_micro_batch_size_per_gpu="auto")
-    plan = plan_of(wide_corpus, tmp_path, ONE_4090, ds=ds, model="gpt2_large")
-    assert (plan.micro_batch, plan.accumulation) == (6, 16)
-    assert plan.global_batch == 96
+    plan = plan_of(wide_corpus, tmp_path, ONE_4090, ds=ds, model="gpt2_xl")
+    assert (plan.micro_batch, plan.accumulation) == (1, 96)
+    assert any("not expected to fit" in note for note in plan.notes)
+    plan = plan_of(wide_corpus, tmp_path, CPU, ds=ds, model="gpt2_small")
+    assert plan.micro_batch >= 8 and plan.micro_batch * plan.accumulation == 96
+    plan = plan_of(wide_corpus, tmp_path, ONE_4090, ds=ds, model="gpt2_small", micro_batch=4)
+    assert (plan.micro_batch, plan.accumulation) == (4, 24)
 
 
 def test_all_mistakes_stand_in_one_error(tmp_path: Path) -> None:
