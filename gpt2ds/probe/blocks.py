@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt2ds.gpt2.config import GPT2Config
 from gpt2ds.gpt2.loss import chunked_cross_entropy, whole_cross_entropy
@@ -52,9 +53,25 @@ def kernels_of(device: str) -> Iterator[None]:
     own_attention, own_dropout = F.scaled_dot_product_attention, F.dropout
     functional.scaled_dot_product_attention, functional.dropout = attention, dropout
     try:
-        yield
+        norms: Any = _NormsOfCPU if device == "cpu" else contextlib.nullcontext
+        with norms():
+            yield
     finally:
         functional.scaled_dot_product_attention, functional.dropout = own_attention, own_dropout
+
+
+class _NormsOfCPU(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Layer norms keep mean and deviation in the dtype of their weights, as on a CPU; on meta tensors they are CUDA's.
+
+    CUDA keeps them in fp32 (PyTorch 2.13, aten/src/ATen/native/layer_norm.cpp and cuda/layer_norm_kernel.cu).
+    """
+
+    def __torch_dispatch__(self, operation: Any, _: Any, arguments: Any = (), named: Any = None) -> Any:
+        result = operation(*arguments, **(named or {}))
+        if operation is not aten.native_layer_norm.default:
+            return result
+        out, *statistics = result
+        return out, *(numbers.to(out.dtype) for numbers in statistics)
 
 
 @contextlib.contextmanager

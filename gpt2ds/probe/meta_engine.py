@@ -43,7 +43,9 @@ class TraceRequest:
     steps: int = 2
     """Optimizer steps; the first one makes Adam's moments, so that the steady state begins with the second."""
     device: str = "cuda"
-    """Whose kernels and stream semantics are stood in for: "cuda", or "cpu" to compare with a real run on CPUs."""
+    """Whose kernels and stream semantics are stood in for: "cuda", or "cpu" to compare with a real run on CPUs, where
+    host tensors lie in the same memory and count as well.
+    """
     hidden: bool = True
     """Whether what CUDA kernels allocate inside themselves counts (see live.HIDDEN_BYTES)."""
     log_events: bool = False
@@ -141,7 +143,8 @@ def run(request: TraceRequest, plan: Any) -> dict[str, Any]:
     from gpt2ds.training import engine
     from gpt2ds.training.engine import Ranks, TrainingEngine
 
-    live = LiveBytes(device="meta", hidden=request.hidden and request.device == "cuda", log_events=request.log_events)
+    cuda = request.device == "cuda"
+    live = LiveBytes(device="meta" if cuda else None, hidden=request.hidden and cuda, log_events=request.log_events)
     own_module: Any = engine
     own_module.GPT2 = meta_model(plan.profile.dtype)
     # Host tensors, where there are any, must not be real either: offloaded states of gpt2_xl take 30 GB. Fake tensors
