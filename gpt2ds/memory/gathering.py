@@ -14,7 +14,7 @@ def gathered_bytes(setting: MemorySetting, block: int) -> int:
     d, L = model.emb_dim, model.n_layers
     # The model itself uses the token embedding, for its head, so that it stays from the first module to the last.
     always = model.vocab_size * d
-    at_work = 4 * d * d if block < L else 0
+    at_work = (4 * d * d if setting.recompute == "none" else 12 * d * d) if block < L else 0
     # A block's weights are needed again when what comes behind it has gone forward and backward, and forward once more
     # to be recomputed; they stay if that is near enough (:634).
     passes = 2 if setting.recompute == "none" else 3
