@@ -1,33 +1,21 @@
 """A trace's allocations replayed through a model of PyTorch's CUDA caching allocator: what it reserves from the device.
 
-The rules are those of PyTorch 2.13, c10/cuda/CUDACachingAllocator.cpp with the sizes of c10/core/AllocatorConfig.h;
-"facts" in a comment names the function there. Not yet compared with a GPU.
+The rules are those of PyTorch 2.13, c10/cuda/CUDACachingAllocator.cpp; "facts" in a comment names the function there.
+Not yet compared with a GPU.
 
 In a trace's events is everything from the engine's start on: weights as they arrive on the device (the trainer builds
-the model on the CPU, and the engine moves it one tensor at a time, in the same order), start-up and every step. Not in
-them: cuBLAS's workspaces, which `replay` adds; streams other than the default one, whose blocks only they reuse (ZeRO-3
-gathers on one, overlap_comm reduces on one); the emptying of the cache that DeepSpeed asks for at start-up
-(runtime/zero/stage_1_and_2.py:449); evaluation; and what is outside of this allocator, CUDA's context and NCCL.
+the model on the CPU, and the engine moves it one tensor at a time, in the same order), start-up and every step, with
+the streams on which ZeRO-3 gathers and overlap_comm reduces, and the times when DeepSpeed empties the cache. Not in
+them: cuBLAS's workspaces, which `replay` adds; that a block which another stream still reads stays in use a little
+longer; evaluation; and what is outside of this allocator, CUDA's context and NCCL.
 """
 
-from bisect import bisect_left, insort
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from gpt2ds.memory.formula import CUBLAS_WORKSPACE_BYTES
-
-MIB = 2**20
-
-# c10/core/AllocatorConfig.h: kMinBlockSize, kSmallSize, kSmallBuffer, large_segment_size_, kMinLargeAlloc, kRoundLarge.
-BLOCK_BYTES = 512
-SMALL_BYTES = MIB
-SMALL_SEGMENT_BYTES = 2 * MIB
-LARGE_SEGMENT_BYTES = 20 * MIB
-OWN_SEGMENT_BYTES = 10 * MIB
-OWN_SEGMENT_ROUNDING = 2 * MIB
-
-# Addresses are free of charge: CUDA reserves more of them than there is memory.
-ADDRESS_SPACE = 2**60
+from gpt2ds.probe.segments import BLOCK_BYTES, SMALL_BYTES, Block, Device, ExpandablePool, Pool, rounded
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,12 +37,14 @@ def replay(
     *,
     expandable_segments: bool,
     cap_bytes: int | None = None,
+    streams: Mapping[int, int] = MappingProxyType({}),
     workspaces: Iterable[int] = (CUBLAS_WORKSPACE_BYTES // 2,) * 2,
 ) -> Replay:
-    """Replays (number, bytes) for an allocation and (number, 0) when it is freed, as `Trace.events` has them.
+    """Replays (number, bytes) for an allocation, (number, 0) when it is freed and (0, 0) when the cache is emptied.
 
-    cap_bytes: what the device has for this allocator; None for no end of it. workspaces: taken first and kept, by
-    default cuBLAS's for the forward thread and that of autograd, which take theirs with their first product.
+    So `Trace.events` has them. streams: as `Trace.streams`, those not on the default stream. cap_bytes: what the device
+    has for this allocator; None for no end of it. workspaces: taken first and kept, by default cuBLAS's for the forward
+    thread and that of autograd, which take theirs with their first product.
     """
     allocator = Allocator(expandable_segments=expandable_segments, cap_bytes=cap_bytes)
     live: dict[int, Block] = {}
@@ -64,9 +54,11 @@ def replay(
             allocator.allocate(size)
         for number, size in events:
             if size:
-                live[number] = allocator.allocate(size)
-            else:
+                live[number] = allocator.allocate(size, streams.get(number, 0))
+            elif number:
                 allocator.free(live.pop(number))
+            else:
+                allocator.empty_cache()
     except OutOfMemoryError:
         fits = False
     return Replay(
@@ -81,222 +73,36 @@ class OutOfMemoryError(Exception):
     """The device has no more memory, even after everything cached went back to it."""
 
 
-class Block:
-    """A piece of a segment: in use, free, or (in an expandable segment) addresses without memory."""
-
-    __slots__ = ("address", "after", "before", "mapped", "pool", "size", "used")
-
-    def __init__(self, pool: "Pool", address: int, size: int, *, mapped: bool = True) -> None:
-        self.pool, self.address, self.size, self.mapped = pool, address, size, mapped
-        self.used = False
-        self.before: Block | None = None
-        self.after: Block | None = None
-
-    def split(self, size: int) -> "Block":
-        """Keeps the first bytes; returns the rest, its neighbour from now on."""
-        rest = Block(self.pool, self.address + size, self.size - size, mapped=self.mapped)
-        rest.before, rest.after = self, self.after
-        if self.after:
-            self.after.before = rest
-        self.after, self.size = rest, size
-        return rest
-
-
-class Device:
-    """Memory that is reserved in whole segments or pages."""
-
-    def __init__(self, cap_bytes: int | None) -> None:
-        self.cap_bytes = cap_bytes
-        self.reserved_bytes = self.peak_bytes = 0
-
-    def reserve(self, size: int) -> bool:
-        if self.cap_bytes is not None and self.reserved_bytes + size > self.cap_bytes:
-            return False
-        self.reserved_bytes += size
-        self.peak_bytes = max(self.peak_bytes, self.reserved_bytes)
-        return True
-
-
-class Pool:
-    """The small or the large blocks, in segments of fixed size: what cudaMalloc gives."""
-
-    def __init__(self, device: Device, *, small: bool) -> None:
-        self.device, self.small = device, small
-        self.cached: list[tuple[int, int, Block]] = []
-        """Free blocks by (size, address)."""
-        self.next_address = 0
-
-    def best_fit(self, size: int) -> Block | None:
-        """Takes the smallest free block of at least this size, the lowest of several (facts: get_free_block)."""
-        index = bisect_left(self.cached, (size,))
-        return self.cached.pop(index)[2] if index < len(self.cached) else None
-
-    def grow(self, size: int) -> Block | None:
-        """A new segment; None when the device has no room for it (facts: get_allocation_size, alloc_block)."""
-        if self.small:
-            segment = SMALL_SEGMENT_BYTES
-        elif size < OWN_SEGMENT_BYTES:
-            segment = LARGE_SEGMENT_BYTES
-        else:
-            segment = rounded(size, OWN_SEGMENT_ROUNDING)
-        if not self.device.reserve(segment):
-            return None
-        # Where cudaMalloc puts it is not known; only equal sizes are told apart by it.
-        self.next_address += segment
-        return Block(self, self.next_address - segment, segment)
-
-    def splits(self, rest: int) -> bool:
-        """Whether a block is cut where so much is left over (facts: should_split)."""
-        return rest >= BLOCK_BYTES if self.small else rest > SMALL_BYTES
-
-    def release(self) -> None:
-        """Gives back every segment that is free as a whole (facts: release_blocks)."""
-        kept = [entry for entry in self.cached if entry[2].before or entry[2].after]
-        self.device.reserved_bytes -= sum(entry[0] for entry in self.cached) - sum(entry[0] for entry in kept)
-        self.cached = kept
-
-    def keep(self, block: Block) -> None:
-        """Puts a block that is free now among the others, one with those beside it (facts: try_merge_blocks)."""
-        self.merge(block)
-        insort(self.cached, (block.size, block.address, block))
-
-    def forget(self, block: Block) -> None:
-        """Takes out a block that is no longer free, or no longer there."""
-        self.cached.pop(bisect_left(self.cached, (block.size, block.address)))
-
-    def merge(self, block: Block) -> None:
-        """Makes one of a block and its neighbours of the same kind, which are taken out of their lists."""
-        before, after = block.before, block.after
-        if before and not before.used and before.mapped == block.mapped:
-            self.forget(before)
-            block.address, block.size, block.before = before.address, before.size + block.size, before.before
-            if block.before:
-                block.before.after = block
-        if after and not after.used and after.mapped == block.mapped:
-            self.forget(after)
-            block.size, block.after = block.size + after.size, after.after
-            if block.after:
-                block.after.before = block
-
-
-class ExpandablePool(Pool):
-    """The same in one segment that grows: only pages in use have memory behind their addresses.
-
-    On the default stream there is one such segment for each pool (facts: find_expandable_block).
-    """
-
-    def __init__(self, device: Device, *, small: bool) -> None:
-        super().__init__(device, small=small)
-        self.page_bytes = SMALL_SEGMENT_BYTES if small else LARGE_SEGMENT_BYTES
-        self.holes: list[tuple[int, Block]] = [(0, Block(self, 0, ADDRESS_SPACE, mapped=False))]
-        """Addresses without memory, in order."""
-
-    def best_fit(self, size: int) -> Block | None:
-        """As in fixed segments, but a block before a hole counts with the hole, which it can grow into."""
-        index = bisect_left(self.cached, (size,))
-        if index == len(self.cached):
-            return None
-        while index + 1 < len(self.cached) and _room(self.cached[index + 1][2]) < _room(self.cached[index][2]):
-            index += 1
-        return self.cached.pop(index)[2]
-
-    def grow(self, size: int) -> Block | None:
-        """Maps pages at the lowest address where free blocks and holes make up the size; None when there are none.
-
-        Pages that were mapped before that stay mapped (facts: try_allocate_expandable_block).
-        """
-        block = self._lowest(size)
-        if not block.mapped and not self._map(block, min(block.size, size)):
-            return None
-        while block.size < size:
-            hole = block.after
-            assert hole is not None and not hole.mapped
-            if not self._map(hole, min(size - block.size, hole.size)):
-                return None
-            block = hole  # now one with the block before it
-        self.forget(block)
-        return block
-
-    def splits(self, rest: int) -> bool:
-        return rest >= BLOCK_BYTES
-
-    def release(self) -> None:
-        """Takes the memory from all pages that are free as a whole (facts: unmap_block)."""
-        for size, address, block in list(self.cached):
-            first, end = rounded(address, self.page_bytes), (address + size) // self.page_bytes * self.page_bytes
-            if first >= end:
-                continue
-            self.forget(block)
-            hole = block
-            if first > address:
-                hole = block.split(first - address)
-                insort(self.cached, (block.size, block.address, block))
-            if end < address + size:
-                rest = hole.split(end - first)
-                insort(self.cached, (rest.size, rest.address, rest))
-            self.device.reserved_bytes -= hole.size
-            hole.mapped = False
-            self.merge(hole)
-            insort(self.holes, (hole.address, hole))
-
-    def forget(self, block: Block) -> None:
-        if block.mapped:
-            super().forget(block)
-        else:
-            self.holes.pop(bisect_left(self.holes, (block.address,)))
-
-    def _lowest(self, size: int) -> Block:
-        for _, hole in self.holes:
-            start = hole.before if hole.before and not hole.before.used else hole
-            room, block = 0, start
-            while room < size and not block.used:
-                room += block.size
-                if block.after is None:
-                    break
-                block = block.after
-            if room >= size:
-                return start
-        raise AssertionError("the last hole has no end")
-
-    def _map(self, hole: Block, size: int) -> bool:
-        """Gives memory to the first pages of a hole, which becomes a free block (facts: map_block)."""
-        size = rounded(size, self.page_bytes)
-        if not self.device.reserve(size):
-            return False
-        self.forget(hole)
-        if size < hole.size:
-            rest = hole.split(size)
-            insort(self.holes, (rest.address, rest))
-        hole.mapped = True
-        self.keep(hole)
-        return True
-
-
 class Allocator:
     """One device's allocator: sizes rounded, blocks reused, split and merged, segments reserved and kept."""
 
     def __init__(self, *, expandable_segments: bool, cap_bytes: int | None = None) -> None:
         self.device = Device(cap_bytes)
-        kind = ExpandablePool if expandable_segments else Pool
-        self.small, self.large = kind(self.device, small=True), kind(self.device, small=False)
+        self.kind = ExpandablePool if expandable_segments else Pool
+        self.pools: dict[tuple[int, bool], Pool] = {}
+        """By stream and whether they are for small blocks."""
         self.allocated_bytes = self.peak_allocated_bytes = 0
         self.retries = 0
 
-    def allocate(self, size: int) -> Block:
+    def pool(self, stream: int, *, small: bool) -> Pool:
+        """Blocks are reused only on the stream that they were made for."""
+        if (stream, small) not in self.pools:
+            self.pools[stream, small] = self.kind(self.device, small=small)
+        return self.pools[stream, small]
+
+    def allocate(self, size: int, stream: int = 0) -> Block:
         """A block of at least `size` bytes; raises OutOfMemoryError (facts: malloc, alloc_found_block)."""
         size = rounded(size, BLOCK_BYTES)
-        pool = self.small if size <= SMALL_BYTES else self.large
+        pool = self.pool(stream, small=size <= SMALL_BYTES)
         block = pool.best_fit(size) or pool.grow(size)
         if block is None:
             self.retries += 1
-            self.large.release()
-            self.small.release()
+            self.empty_cache()
             block = pool.grow(size)
             if block is None:
                 raise OutOfMemoryError
         if pool.splits(block.size - size):
-            rest = block.split(size)
-            insort(pool.cached, (rest.size, rest.address, rest))
+            pool.insert(block.split(size))
         block.used = True
         self.allocated_bytes += block.size
         self.peak_allocated_bytes = max(self.peak_allocated_bytes, self.allocated_bytes)
@@ -308,11 +114,7 @@ class Allocator:
         self.allocated_bytes -= block.size
         block.pool.keep(block)
 
-
-def rounded(size: int, multiple: int) -> int:
-    """The next multiple."""
-    return -(-size // multiple) * multiple
-
-
-def _room(block: Block) -> int:
-    return block.size + (block.after.size if block.after and not block.after.mapped else 0)
+    def empty_cache(self) -> None:
+        """Gives back to the device what is free as a whole, on every stream."""
+        for pool in self.pools.values():
+            pool.release()

@@ -84,12 +84,17 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.current_bytes = 0
         self.phases = [PhasePeak(name="start", peak_bytes=0)]
         self.events: list[tuple[int, int]] | None = [] if log_events else None
-        """(number of the storage, bytes) when it is allocated and (number, 0) when it is freed, in order."""
+        """(number of the storage, bytes) when it is allocated and (number, 0) when it is freed, in order; (0, 0) when
+        the allocator's cache is emptied.
+        """
+        self.streams: dict[int, int] = {}
+        """The stream of each storage in `events` that was not allocated on the default one, by the storage's number."""
         self.parts: dict[str, int] = {}
         self._storages: dict[int, _Entry] = {}
         self._count = 0
         self._operation = ""
         self._label = "start"
+        self._stream = 0
 
     @property
     def peak_bytes(self) -> int:
@@ -120,6 +125,20 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 entry.label = name
                 self.parts[name] = self.parts.get(name, 0) + entry.size_bytes
 
+    @contextlib.contextmanager
+    def on_stream(self, number: int) -> Iterator[None]:
+        """Meanwhile storages are allocated on this stream; 0 is the default one."""
+        earlier, self._stream = self._stream, number
+        try:
+            yield
+        finally:
+            self._stream = earlier
+
+    def cache_emptied(self) -> None:
+        """Notes that the program gave the allocator's free blocks back."""
+        if self.events is not None:
+            self.events.append((0, 0))
+
     @classmethod
     @contextlib.contextmanager
     def paused(cls) -> Iterator[None]:
@@ -146,6 +165,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             entry = _Entry(number=self._count, label=self._label, size_bytes=0, alive=None)
             entry.alive = weakref.ref(storage, lambda _: self._resize(self._storages.pop(key), 0))
             self._storages[key] = entry
+            if self._stream:
+                self.streams[entry.number] = self._stream
         if size != entry.size_bytes:
             self._resize(entry, size)
 

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import importlib
 import io
+import itertools
 import json
 import os
 import subprocess
@@ -73,7 +74,11 @@ class Trace:
     parts: dict[str, int]
     phases: tuple[Phase, ...]
     events: tuple[tuple[int, int], ...]
-    """For an allocator replay, from the very start: (number, bytes) at an allocation, (number, 0) when it is freed."""
+    """For an allocator replay, from the very start: (number, bytes) at an allocation, (number, 0) when it is freed, and
+    (0, 0) when the allocator's cache is emptied.
+    """
+    streams: dict[int, int]
+    """The streams of those that are not allocated on the default one, by number."""
 
 
 def trace(request: TraceRequest) -> Trace:
@@ -114,6 +119,7 @@ def _trace_of(result: dict[str, Any]) -> Trace:
         parts=peak.parts,
         phases=phases,
         events=tuple((number, size) for number, size in result["events"]),
+        streams={int(number): stream for number, stream in result["streams"].items()},
     )
 
 
@@ -136,6 +142,7 @@ def main() -> None:
 def run(request: TraceRequest, plan: Any) -> dict[str, Any]:
     """Builds the engine and trains it for the requested steps on meta tensors."""
     import torch
+    from deepspeed.accelerator import get_accelerator
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from gpt2ds.probe.blocks import kernels_of
@@ -145,6 +152,9 @@ def run(request: TraceRequest, plan: Any) -> dict[str, Any]:
 
     cuda = request.device == "cuda"
     live = LiveBytes(device="meta" if cuda else None, hidden=request.hidden and cuda, log_events=request.log_events)
+    accelerator = get_accelerator()
+    accelerator.stream = lambda stream: live.on_stream(getattr(stream, "number", 0))
+    accelerator.empty_cache = live.cache_emptied
     own_module: Any = engine
     own_module.GPT2 = meta_model(plan.profile.dtype)
     # Host tensors, where there are any, must not be real either: offloaded states of gpt2_xl take 30 GB. Fake tensors
@@ -156,7 +166,11 @@ def run(request: TraceRequest, plan: Any) -> dict[str, Any]:
         live.begin("start-up", "made at start-up")
         trained = TrainingEngine(plan, ranks, io.StringIO())
         phases = train(trained, request, live)
-    return {"phases": [asdict(phase) for phase in phases], "events": live.events or []}
+    return {
+        "phases": [asdict(phase) for phase in phases],
+        "events": live.events or [],
+        "streams": live.streams if live.events else {},
+    }
 
 
 def own_rank(request: TraceRequest) -> int:
@@ -292,8 +306,11 @@ def stand_in_for_a_device(kind: str) -> None:
     class Quiet:
         """A stream or an event on which nothing is ever pending."""
 
+        numbers = itertools.count()
+
         def __init__(self, *_: Any, **__: Any) -> None:
-            """Takes what a stream or an event takes."""
+            """Takes what a stream or an event takes; the first one, number 0, is the default stream."""
+            self.number = next(self.numbers)
 
         def __getattr__(self, name: str) -> Any:
             return lambda *_, **__: self

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt2ds.probe.allocator import Allocator, Block, OutOfMemoryError, Pool, replay
+from gpt2ds.probe.allocator import Allocator, OutOfMemoryError, replay
+from gpt2ds.probe.segments import Block, Pool
 
 KIB, MIB = 2**10, 2**20
 FIXED, EXPANDABLE = False, True
@@ -18,6 +19,10 @@ def reserved(expandable: bool, *sizes: int) -> int:
     for size in sizes:
         allocator.allocate(size)
     return allocator.device.reserved_bytes
+
+
+def large(allocator: Allocator) -> Pool:
+    return allocator.pool(0, small=False)
 
 
 @both
@@ -63,9 +68,9 @@ def test_neighbours_merge_when_free(expandable: bool) -> None:
     first, second, third = (allocator.allocate(6 * MIB) for _ in range(3))
     allocator.free(first)
     allocator.free(third)
-    assert [entry[0] for entry in allocator.large.cached] == [6 * MIB, 8 * MIB]  # the third, with the segment's rest
+    assert [entry[0] for entry in large(allocator).cached] == [6 * MIB, 8 * MIB]  # the third, with the segment's rest
     allocator.free(second)
-    assert [entry[0] for entry in allocator.large.cached] == [20 * MIB]
+    assert [entry[0] for entry in large(allocator).cached] == [20 * MIB]
     assert allocator.allocate(18 * MIB).address == first.address
     assert allocator.device.reserved_bytes == 20 * MIB
 
@@ -93,7 +98,12 @@ def test_a_block_that_could_grow_is_left_for_what_needs_it() -> None:
 
 
 # Each half of the memory in blocks of 30 MiB, every other one freed, then a block of 60: there are no two neighbours.
-FRAGMENTING = [*((n, 30 * MIB) for n in range(10)), *((n, 0) for n in range(0, 10, 2)), (10, 60 * MIB), (11, 60 * MIB)]
+FRAGMENTING = [
+    *((n, 30 * MIB) for n in range(1, 11)),
+    *((n, 0) for n in range(1, 11, 2)),
+    (11, 60 * MIB),
+    (12, 60 * MIB),
+]
 
 
 def test_fragmentation() -> None:
@@ -107,7 +117,7 @@ def test_fragmentation() -> None:
     assert replay(growing, expandable_segments=EXPANDABLE, workspaces=()).peak_reserved_bytes == 200 * MIB
     # Under a cap fixed segments of which a part is in use cannot go back, pages can.
     parts = [
-        event for n in range(4) for event in ((2 * n, 60 * MIB), (2 * n, 0), (2 * n, 20 * MIB), (100 + n, 40 * MIB))
+        event for n in range(4) for event in ((1 + n, 60 * MIB), (1 + n, 0), (1 + n, 20 * MIB), (100 + n, 40 * MIB))
     ]
     parts += [*((100 + n, 0) for n in range(4)), (200, 100 * MIB)]
     fixed = replay(parts, expandable_segments=FIXED, cap_bytes=260 * MIB, workspaces=())
@@ -128,10 +138,10 @@ def test_cached_memory_goes_back_before_memory_is_out(expandable: bool) -> None:
     short = replay(events, expandable_segments=expandable, cap_bytes=119 * MIB, workspaces=())
     assert (short.retries, short.fits, short.peak_allocated_bytes) == (1, False, 100 * MIB)
     # What small blocks held serves large ones, and the other way round.
-    small = [*((n, MIB) for n in range(20)), *((n, 0) for n in range(20))]
-    assert replay([*small, (20, 20 * MIB)], expandable_segments=expandable, cap_bytes=20 * MIB, workspaces=()).fits
+    small = [*((n, MIB) for n in range(1, 21)), *((n, 0) for n in range(1, 21))]
+    assert replay([*small, (30, 20 * MIB)], expandable_segments=expandable, cap_bytes=20 * MIB, workspaces=()).fits
     assert replay(
-        [(20, 20 * MIB), (20, 0), *small], expandable_segments=expandable, cap_bytes=20 * MIB, workspaces=()
+        [(30, 20 * MIB), (30, 0), *small], expandable_segments=expandable, cap_bytes=20 * MIB, workspaces=()
     ).fits
 
 
@@ -139,9 +149,9 @@ def test_only_whole_free_pages_are_unmapped_and_their_holes_are_filled_first() -
     allocator = Allocator(expandable_segments=EXPANDABLE, cap_bytes=100 * MIB)
     first, _, last = (allocator.allocate(size * MIB) for size in (50, 5, 45))
     allocator.free(first)
-    allocator.large.release()
+    allocator.empty_cache()
     assert allocator.device.reserved_bytes == 60 * MIB  # 40 of the 50: the third page holds other blocks as well
-    assert [(entry[0], entry[1]) for entry in allocator.large.cached] == [(10 * MIB, 40 * MIB)]
+    assert [(entry[0], entry[1]) for entry in large(allocator).cached] == [(10 * MIB, 40 * MIB)]
     # 25 MiB lie in the hole at the very start, though there are addresses without end.
     assert allocator.allocate(25 * MIB).address == 0
     assert allocator.device.reserved_bytes == 100 * MIB
@@ -157,6 +167,23 @@ def test_workspaces_come_first_and_stay() -> None:
     assert seen.peak_allocated_bytes == 19 * MIB
     assert seen.peak_reserved_bytes == 22 * MIB
     assert not replay([], expandable_segments=True, cap_bytes=19 * MIB).fits
+
+
+@both
+def test_blocks_are_reused_only_on_their_own_stream(expandable: bool) -> None:
+    events = [(1, 40 * MIB), (1, 0), (2, 40 * MIB), (2, 0), (3, 40 * MIB)]
+    same = replay(events, expandable_segments=expandable, streams={1: 5, 2: 5, 3: 5}, workspaces=())
+    other = replay(events, expandable_segments=expandable, streams={2: 5}, workspaces=())
+    assert (same.peak_reserved_bytes, other.peak_reserved_bytes) == (40 * MIB, 80 * MIB)
+    capped = replay(events, expandable_segments=expandable, streams={2: 5}, cap_bytes=40 * MIB, workspaces=())
+    assert capped.fits and capped.retries == 2  # each stream gives back what it has
+
+
+@both
+def test_a_cache_that_the_program_empties(expandable: bool) -> None:
+    events = [(1, 40 * MIB), (1, 0), (0, 0), (2, MIB), (3, 60 * MIB)]
+    seen = replay(events, expandable_segments=expandable, workspaces=())
+    assert (seen.peak_reserved_bytes, seen.retries) == (62 * MIB, 0)
 
 
 # Sizes around every limit.
@@ -196,7 +223,7 @@ def check(allocator: Allocator, live: list[Block], requested: list[int], expanda
     assert allocator.allocated_bytes <= allocator.device.reserved_bytes <= allocator.device.peak_bytes
     assert allocator.device.cap_bytes is None or allocator.device.peak_bytes <= allocator.device.cap_bytes
     cached = 0
-    for pool in (allocator.small, allocator.large):
+    for pool in allocator.pools.values():
         cached += sum(size for size, _, _ in pool.cached)
         check_pool(pool, [block for block in live if block.pool is pool])
     assert allocator.device.reserved_bytes == allocator.allocated_bytes + cached
