@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,18 @@ def measure(profile: str, model: str, accumulation: int) -> dict[str, float]:
     return {name: round(size, 3) for name, size in sorted(result.items()) if size > 0.001}
 
 
+def released_at_once(folder: Path) -> Path:
+    """zero3 as it acts on a model far larger than what may stay gathered: every weight is released after its use."""
+    raw = json.loads(load_profile("zero3").path.read_text(encoding="utf-8"))
+    for key in ("param_persistence_threshold", "max_live_parameters", "prefetch_bucket_size"):
+        raw["zero_optimization"][f"stage3_{key}"] = 0
+    raw["gpt2ds"]["recompute"] = "none"
+    del raw["activation_checkpointing"]
+    path = folder / "zero3_released.json"
+    path.write_text(json.dumps(raw), encoding="utf-8")
+    return path
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="gpt2_tiny")
@@ -84,11 +97,18 @@ def main() -> None:
     if arguments.rank_of:
         one_rank(arguments.rank_of, arguments.model, arguments.accumulations[0])
     rows: list[dict[str, Any]] = []
-    for profile in ("zero1", "zero2", "zero3"):
-        for accumulation in arguments.accumulations:
-            sent = measure(profile, arguments.model, accumulation)
-            rows.append({"ZeRO stage": load_profile(profile).zero_stage, "accumulation": accumulation} | sent)
-            print(rows[-1])
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("fp32_baseline", "zero1", "zero2", "zero3", str(released_at_once(Path(folder)))):
+            profile = load_profile(name)
+            about = {"ZeRO stage": profile.zero_stage, "dtype": profile.dtype}
+            if profile.zero_stage == 3:
+                zero = profile.settings["zero_optimization"]
+                about["persistent below"] = zero["stage3_param_persistence_threshold"]
+                about["live parameters"] = profile.live_parameter_elements
+            for accumulation in arguments.accumulations:
+                sent = measure(name, arguments.model, accumulation)
+                rows.append(about | {"accumulation": accumulation} | sent)
+                print(rows[-1])
     machine = this_machine()
     result = {
         "what": "bytes per parameter through collectives in one optimizer step of each of two ranks",

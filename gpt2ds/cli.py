@@ -23,7 +23,9 @@ from gpt2ds.errors import MemoryShortageError, UserError
 from gpt2ds.options import DEFAULTS, WHAT, TrainOptions
 
 if TYPE_CHECKING:
+    from gpt2ds.estimate import Estimates
     from gpt2ds.plan import Plan
+    from gpt2ds.probe.traced_estimate import TracedRow
     from gpt2ds.runlog.metrics import Recorder
 
 OTHER_RANKS_WAIT_SECONDS = 5.0
@@ -345,6 +347,7 @@ def memory_estimate(
     model: Annotated[
         str, typer.Option(metavar="NAME", help="gpt2_tiny, _small, _medium, _large or _xl.")
     ] = "gpt2_large",
+    models_file: Annotated[Path | None, typer.Option(metavar="YAML", help="Sizes of your own.")] = None,
     ds: Annotated[
         list[str] | None,
         typer.Option(metavar="JSON", help="DeepSpeed profile, as often as wanted. Default: all shipped ones."),
@@ -362,18 +365,39 @@ def memory_estimate(
     context: Annotated[int | None, typer.Option(metavar="TOKENS", help="Default: the model's.")] = None,
     recompute: Annotated[str | None, typer.Option(metavar="POLICY", help="Default: the profile's.")] = None,
     loss_chunk: Annotated[int | None, typer.Option(metavar="TOKENS", help="Default: the profile's.")] = None,
-    parts: Annotated[bool, typer.Option("--explain", help="Show what each peak is made of.")] = False,
+    global_batch: Annotated[
+        int | None, typer.Option(metavar="N", help="Sequences per optimizer step. Default: the profile's.")
+    ] = None,
+    fit: Annotated[bool, typer.Option("--fit", help="Find the fastest plan that fits, at one global batch.")] = False,
+    write: Annotated[Path | None, typer.Option(metavar="JSON", help="With --fit: write the plan as a profile.")] = None,
+    parts: Annotated[
+        bool,
+        typer.Option("--explain", help="Show what each peak is made of, and why mixed precision alone saves nothing."),
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(metavar="PNG", help="Draw what each peak is made of.")] = None,
+    trace: Annotated[
+        bool,
+        typer.Option("--trace", help="Run each through the real DeepSpeed engine on meta tensors: 10 to 60 s, no GPU."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
 ) -> None:
     """Say what every profile takes on a GPU, before the run; exit code 1 when none of them fits."""
     import json
+    from dataclasses import asdict
 
     from gpt2ds.devices import this_machine
     from gpt2ds.estimate import EstimateOptions, estimate
-    from gpt2ds.estimate_table import explain, show
+    from gpt2ds.estimate_change import changes_needed, stop_if_hopeless
+    from gpt2ds.estimate_fit import command, find_fit, write_profile
+    from gpt2ds.estimate_table import explain, explain_precision, precision_example, show, show_fit
+    from gpt2ds.memory.mixed_precision import compare
 
+    if write and not fit:
+        raise UserError("--write writes the plan that --fit finds: give both.")
+    machine = this_machine()
     options = EstimateOptions(
         model=model,
+        models_file=models_file,
         ds=tuple(ds or ()),
         gpus=gpus,
         nodes=nodes,
@@ -383,16 +407,58 @@ def memory_estimate(
         context=context,
         recompute=recompute,
         loss_chunk=loss_chunk,
+        global_batch=global_batch,
     )
-    estimates = estimate(options, this_machine())
+    found = find_fit(options, machine) if fit else None
+    estimates = found.estimates if found else estimate(options, machine)
+    changes = () if found else changes_needed(estimates, options, machine)
+    traced = _traced(estimates) if trace else ()
+    if found and write:
+        write_profile(found.best, write)
+    example = precision_example(estimates.rows)
+    peaks = compare(example.setting, estimates.room_bytes) if parts else ()
     if as_json:
-        print(json.dumps(estimates.to_dict(), indent=1))
+        result = estimates.to_dict()
+        if trace:
+            from gpt2ds.probe.traced_estimate import to_dict
+
+            result = to_dict(estimates, traced)
+        for row, change in zip(result["rows"], changes, strict=False):
+            row["change"] = change
+        result |= found.to_dict(options, write) if found else {}
+        result |= {"mixed_precision": [asdict(peak) for peak in peaks]} if parts else {}
+        print(json.dumps(result, indent=1))
     else:
-        show(estimates)
+        if found:
+            show_fit(found, command(found.best, options, written=write))
+        else:
+            show(estimates, changes)
         if parts:
             explain(estimates)
-    if not any(row.fits for row in estimates.rows):
+            explain_precision(example, peaks)
+        if trace:
+            from gpt2ds.probe.traced_report import explain_traced, show_traced
+
+            show_traced(estimates, traced)
+            if parts:
+                explain_traced(traced)
+    if plot:
+        from gpt2ds.estimate_plot import write_plot
+
+        write_plot(estimates, plot)
+    if options.ds:
+        stop_if_hopeless(estimates, changes)
+    if not any(row.fits for row in traced or estimates.rows):
         raise SystemExit(1)
+
+
+def _traced(estimates: "Estimates") -> "tuple[TracedRow, ...]":
+    from gpt2ds.devices import this_machine
+    from gpt2ds.probe.traced_estimate import traced_rows
+    from gpt2ds.probe.traced_report import trace_progress
+
+    with trace_progress(len(estimates.rows)) as done:
+        return traced_rows(estimates, cores=this_machine().cores, done=done)
 
 
 @app.command()

@@ -61,8 +61,14 @@ def _change_of(row: Row, room: int, options: EstimateOptions, machine: Machine) 
         change = smallest_change(row.source, replace(row.setting, micro_batch=1), options, machine)
         return f"not even micro-batch 1 fits. The smallest change that does: {change}."
     per_rank = row.micro_batch * row.accumulation
-    size = max(one for one in divisors(per_rank) if one <= row.largest_micro_batch)
-    change = f"--micro-batch {size} --accumulation {per_rank // size}"
+    for size in reversed(divisors(per_rank)):
+        # Where nothing was accumulated before, sums of gradients come with the smaller micro-batch.
+        changed = replace(row.setting, micro_batch=size, accumulation=per_rank // size)
+        if size <= row.largest_micro_batch and fits(predict(changed), room):
+            change = f"--micro-batch {size} --accumulation {per_rank // size}"
+            break
+    else:
+        change = f"--micro-batch {row.largest_micro_batch} and a smaller global batch"
     for policy, changed in _more_recompute(row.source, row.setting):
         if fits(predict(changed), room):
             change += f", or --recompute {policy} as it is"

@@ -1,0 +1,104 @@
+"""What to change when a profile does not fit: every answer, asked for, fits; and nothing that comes earlier does."""
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from gpt2ds.devices import Machine
+from gpt2ds.errors import UserError
+from gpt2ds.estimate import EstimateOptions, estimate
+from gpt2ds.estimate_change import changes_needed, stop_if_hopeless
+
+CPU = Machine(cpu_name="a CPU", cores=2, host_memory_bytes=64 * 2**30)
+
+
+def asked_again(options: EstimateOptions, words: str) -> EstimateOptions:
+    """The options with what a sentence says to change."""
+    for name in ("recompute", "ds", "model", "gpus", "gpu_memory", "micro_batch", "accumulation"):
+        if found := re.search(rf"--{name.replace('_', '-')} ([\w.]+)", words):
+            value = found[1].rstrip(".")
+            typed = {"recompute": value, "ds": (value,), "model": value}.get(name, int(value) if value.isdigit() else 0)
+            options = replace(options, **{name: typed})
+    if found := re.search(r'"loss_chunk": (\d+)', words):
+        options = replace(options, loss_chunk=int(found[1]))
+    return options
+
+
+@pytest.mark.parametrize(
+    ("model", "gpu_memory", "gpus"),
+    [
+        ("gpt2_medium", 2, 2),
+        ("gpt2_medium", 6, 1),
+        ("gpt2_large", 11, 1),
+        ("gpt2_large", 16, 1),
+        ("gpt2_large", 16, 2),
+        ("gpt2_xl", 24, 1),
+        ("gpt2_xl", 40, 2),
+    ],
+)
+def test_every_answer_fits(model: str, gpu_memory: int, gpus: int) -> None:
+    options = EstimateOptions(model=model, gpu_memory=float(gpu_memory), gpus=gpus)
+    found = estimate(options, CPU)
+    for row, change in zip(found.rows, changes_needed(found, options, CPU), strict=True):
+        assert (change is None) == row.fits
+        if change is None:
+            continue
+        own = replace(options, ds=(row.profile,))
+        if row.largest_micro_batch:
+            batch, _, policy = change.partition(", or ")
+            smaller = asked_again(own, batch)
+            (again,) = estimate(smaller, CPU).rows
+            assert again.fits
+            assert again.global_batch == row.global_batch or "a smaller global batch" in change
+            if policy:
+                assert estimate(asked_again(own, policy), CPU).rows[0].fits
+            continue
+        assert "not even micro-batch 1 fits" in change
+        if '"reduce_bucket_size"' in change or '"overlap_comm"' in change or "--models-file" in change:
+            continue  # not an option of the command
+        (again,) = estimate(replace(asked_again(own, change), micro_batch=1), CPU).rows
+        assert again.fits, change
+
+
+def test_the_order_in_which_changes_hurt() -> None:
+    def change(**asked: object) -> str:
+        options = EstimateOptions(**asked)  # type: ignore[arg-type]
+        found = estimate(options, CPU)
+        (sentence,) = changes_needed(found, options, CPU)
+        assert sentence is not None
+        return sentence
+
+    assert "--recompute products" in change(ds=("zero2",), gpu_memory=16)
+    assert "--ds zero2_offload" in change(ds=("zero2",), gpu_memory=24, model="gpt2_xl")
+    assert "--ds zero3" in change(ds=("zero1",), gpu_memory=10, gpus=4, model="gpt2_xl")
+    assert "--gpus" in change(ds=("zero2_fp16",), gpu_memory=24, model="gpt2_xl")
+    assert "a card of " in change(ds=("zero3_offload",), gpu_memory=1.3, model="gpt2_xl")
+    assert "--micro-batch 6 --accumulation 8" in change(ds=("zero2",), gpu_memory=24, micro_batch=12, accumulation=4)
+
+
+def test_a_chunk_of_the_loss_can_be_what_is_missing() -> None:
+    def fits_with(chunk: int, room: float) -> bool:
+        options = EstimateOptions(
+            model="gpt2_small", ds=("zero3_offload",), loss_chunk=chunk, micro_batch=8, gpu_memory=room
+        )
+        return estimate(options, CPU).rows[0].fits
+
+    room = next(gb / 100 for gb in range(90, 900) if fits_with(512, gb / 100))
+    assert not fits_with(8192, room)
+    options = EstimateOptions(
+        model="gpt2_small", ds=("zero3_offload",), micro_batch=1, loss_chunk=8192, context=1024, gpu_memory=room
+    )
+    found = estimate(options, CPU)
+    assert found.rows[0].fits or '"loss_chunk"' in (changes_needed(found, options, CPU)[0] or "")
+
+
+def test_only_a_profile_without_any_hope_is_a_mistake() -> None:
+    options = EstimateOptions(ds=("zero2", "zero1"), model="gpt2_xl", gpu_memory=24)
+    found = estimate(options, CPU)
+    with pytest.raises(UserError) as error:
+        stop_if_hopeless(found, changes_needed(found, options, CPU))
+    assert str(error.value).count("zero2_offload") == 2
+    smaller = replace(options, ds=("zero2", "zero2_offload"))
+    found = estimate(smaller, CPU)
+    stop_if_hopeless(found, changes_needed(found, smaller, CPU))
