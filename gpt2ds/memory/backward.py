@@ -79,7 +79,7 @@ def _course(setting: MemorySetting) -> Course:
     places = layout(setting.model, setting.ranks)
     gradients = _gradients(setting, places)
     held = gradients.held_bytes
-    # ZeRO-1 keeps its buckets from one micro-batch to the next, ZeRO-3 for ever (z3:782).
+    # ZeRO-1 keeps its buckets from one micro-batch to the next, ZeRO-3 for ever (runtime/zero/stage3.py:782).
     keeps_buckets = setting.zero_stage == 3 or (setting.zero_stage == 1 and setting.accumulation > 1)
     bucket = gradients.bucket_bytes if keeps_buckets else 0
     every = (*places.matrices, *places.vectors)
@@ -129,21 +129,23 @@ def _moments(setting: MemorySetting, places: Layout, gradients: Gradients) -> It
     # The head's and the embedding's gradient of the tied weight, and their sum.
     yield Moment("tied embedding", None, gradients.held_bytes, 0, 3 * head, gradients.bucket_bytes)
     yield from hand_over("tied embedding", None, (places.tokens,), 0)
-    if isinstance(gradients, Reduction | Divided):
-        yield Moment("tied embedding", None, gradients.exchange(), 0, 0, gradients.bucket_bytes)
-    elif setting.zero_stage == 1 and not setting.has_bf16_optimizer:
-        yield from _reduction_after(setting, places)
-    else:
+    if isinstance(gradients, Kept) and (setting.zero_stage == 0 or setting.has_bf16_optimizer):
         held = gradients.held_bytes + _flat_copies(setting, places)
-        yield Moment("reduction", None, held, 0, 0, gradients.bucket_bytes)
-
-
-def _reduction_after(setting: MemorySetting, places: Layout) -> Iterator[Moment]:
-    """ZeRO-1 without overlap exchanges all gradients when the last backward pass is over, in the model's order."""
-    reduction = Reduction(setting, places, after_backward=True)
-    for one in (*places.matrices, *places.vectors):
-        yield Moment("reduction", None, reduction.hand_over(one), 0, 0, reduction.bucket_bytes)
-    yield Moment("reduction", None, reduction.exchange(), 0, 0, reduction.bucket_bytes)
+        yield Moment("reduction", None, held, 0, 0, 0)
+        return
+    if isinstance(gradients, Kept):
+        # ZeRO-1 without overlap exchanges all gradients when the last backward pass is over, in the model's order.
+        gradients = Reduction(setting, places, after_backward=True)
+        for one in (*places.matrices, *places.vectors):
+            yield Moment("reduction", None, gradients.hand_over(one), 0, 0, gradients.bucket_bytes)
+    yield Moment("reduction", None, gradients.exchange(), 0, 0, gradients.bucket_bytes)
+    if isinstance(gradients, Reduction) and not setting.offload_optimizer:
+        # The norm is summed in fp64, one tensor at a time (runtime/zero/stage_1_and_2.py:2684). Until then ZeRO-1 keeps other ranks' gradients,
+        # and with them the buckets in which they lie.
+        norm = 8 * max(one.own_elements for one in (*places.matrices, *places.vectors))
+        kept = setting.zero_stage == 1 and setting.ranks > 1
+        held = gradients.held_bytes if setting.zero_stage == 1 else gradients.share_bytes
+        yield Moment("gradient norm", None, held + norm, 0, 0, gradients.bucket_bytes if kept else 0)
 
 
 def _flat_copies(setting: MemorySetting, places: Layout) -> int:

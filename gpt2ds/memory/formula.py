@@ -134,22 +134,22 @@ def _step(setting: MemorySetting) -> dict[str, Parts]:
     P, share = setting.model.parameters, _share(setting)
     upcast = 4 if s == 2 and setting.master_bytes == 4 else 0
     course = gradient_course(setting)
-    norm = 8 * course.largest_own_elements  # summed in fp64, one tensor at a time (s12:2684)
     parts = _states(setting)
     if stage == 0:
         parts |= {"gradients": s * P, "fp32 gradients for the step": upcast * P}  # unfused_optimizer.py
     elif stage == 3:
         tile = min(setting.sub_group_elements, share)
         copies = (a if a == s else 0) + upcast  # a flat copy and one in fp32 (z3:2686)
+        norm = 8 * course.largest_own_elements  # in fp64, one tensor at a time
         parts |= {"gradients": a * share, "step buffers": max(norm, copies * tile)}
         parts["reduce buckets"] = course.bucket_before_bytes
     elif setting.has_bf16_optimizer:
         parts["gradients"] = course.held_before_bytes
     elif a > s:
-        parts |= {"gradients": a * share, "step buffers": norm}
+        parts["gradients"] = a * share
     else:
         # Averaged gradients, their flat copy, and the copy in fp32 (s12:3117).
-        parts |= {"gradients": s * course.share_elements, "step buffers": max((s + upcast) * share, norm)}
+        parts |= {"gradients": s * course.share_elements, "step buffers": (s + upcast) * share}
     return {"step": parts}
 
 

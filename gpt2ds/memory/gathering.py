@@ -18,7 +18,7 @@ def gathered_bytes(setting: MemorySetting, block: int) -> int:
     # A block's weights are needed again when what comes behind it has gone forward and backward, and forward once more
     # to be recomputed; they stay if that is near enough (:634).
     passes = 2 if setting.recompute == "none" else 3
-    kept_blocks = min(L, -(-setting.reuse_distance_elements // (passes * model.block_parameters)))
+    kept_blocks = min(L, setting.reuse_distance_elements // (passes * model.block_parameters))
     kept = model.block_parameters * (kept_blocks if block == L else max(0, kept_blocks - (L - block)))
     needed = always + at_work + kept
     # What is fetched ahead fills the rest of the limit: each of the nine modules of a block asks for more than it uses.

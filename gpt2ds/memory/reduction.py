@@ -137,7 +137,7 @@ class Reduction:
         self.gradient_bytes = a if stage == 1 else self.s
         self.keeps_foreign = stage == 1
         """Whether gradients of other ranks' shares stay after the exchange, those that are too large for the bucket."""
-        self.sums_in_fp32 = stage == 2 and a > self.s
+        self.sums_in_fp32 = a > self.s
         """Then each tensor of the share is turned to fp32 and added to one flat sum (s12:1268)."""
         every = (*places.matrices, *places.vectors)
         if self.sums_in_fp32:
@@ -149,7 +149,7 @@ class Reduction:
                 self.share_bytes = 0
         # The sum of earlier micro-batches: in place for fp32 (s12:1303), else a second share beside the new one, or for
         # ZeRO-1 every gradient where it was.
-        self.has_share = self.sums_in_fp32 and later
+        self.has_share = stage == 2 and self.sums_in_fp32 and later
         earlier = self.share_bytes if later else 0
         self.moves = stage == 1 and (later or after_backward)
         self.held_bytes = a * setting.model.parameters if self.moves else earlier
