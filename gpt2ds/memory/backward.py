@@ -140,8 +140,8 @@ def _moments(setting: MemorySetting, places: Layout, gradients: Gradients) -> It
             yield Moment("reduction", None, gradients.hand_over(one), 0, 0, gradients.bucket_bytes)
     yield Moment("reduction", None, gradients.exchange(), 0, 0, gradients.bucket_bytes)
     if isinstance(gradients, Reduction) and not setting.offload_optimizer:
-        # The norm is summed in fp64, one tensor at a time (runtime/zero/stage_1_and_2.py:2684). Until then ZeRO-1 keeps other ranks' gradients,
-        # and with them the buckets in which they lie.
+        # The norm is summed in fp64, one tensor at a time (runtime/zero/stage_1_and_2.py:2684). Until then ZeRO-1 keeps
+        # other ranks' gradients, and with them the buckets in which they lie.
         norm = 8 * max(one.own_elements for one in (*places.matrices, *places.vectors))
         kept = setting.zero_stage == 1 and setting.ranks > 1
         held = gradients.held_bytes if setting.zero_stage == 1 else gradients.share_bytes

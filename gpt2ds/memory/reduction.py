@@ -100,6 +100,10 @@ class Gradients(Protocol):
         """Takes a gradient, whose own storage the caller counts; returns the most that is held on the way."""
         ...
 
+    def exchange(self) -> int:
+        """Sends what waits to be sent; returns the most that is held on the way."""
+        ...
+
 
 class Kept:
     """ZeRO-0, and ZeRO-1 before it reduces: every gradient stays where it is, or is added to its sum."""
@@ -124,6 +128,10 @@ class Kept:
         most = self.held_bytes + self.converted_bytes * gradient.elements
         self.held_bytes += self.added_bytes * gradient.elements
         return most
+
+    def exchange(self) -> int:
+        """See Gradients: nothing waits."""
+        return self.held_bytes
 
 
 class Reduction:
@@ -170,7 +178,7 @@ class Reduction:
         return most
 
     def exchange(self) -> int:
-        """Empties the bucket; returns the most that is held on the way."""
+        """See Gradients."""
         own = [one for one in self.waiting if one.is_own]
         foreign = {rank for one in self.waiting for rank in range(one.first_rank, one.last_rank + (not one.is_own))}
         # Neighbours in one rank's share are exchanged as they lie; otherwise a copy brings the pieces together
@@ -221,7 +229,7 @@ class Divided:
         return most
 
     def exchange(self) -> int:
-        """Empties the bucket; returns the most that is held on the way."""
+        """See Gradients."""
         # The shares of several tensors are sorted by rank into a copy (runtime/comm/coalesced_collectives.py:122), and
         # the own ones turned into the type of the sums (z3:1912).
         copies = self.s * self.filled if len(self.waiting) > 1 else 0
