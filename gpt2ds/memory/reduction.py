@@ -143,10 +143,11 @@ class Reduction:
         self.capacity = setting.reduce_bucket_elements
         self.bucket_bytes = _bucket_bytes(setting)
         self.gradient_bytes = a if stage == 1 else self.s
-        self.keeps_foreign = stage == 1
-        """Whether gradients of other ranks' shares stay after the exchange, those that are too large for the bucket."""
         self.sums_in_fp32 = a > self.s
         """Then each tensor of the share is turned to fp32 and added to one flat sum (s12:1268)."""
+        # Whether gradients that are too large for the bucket stay after the exchange, until the backward pass is over.
+        self.keeps_own = self.sums_in_fp32 or setting.offload_optimizer
+        self.keeps_foreign = stage == 1
         every = (*places.matrices, *places.vectors)
         if self.sums_in_fp32:
             self.share_bytes = 4 * sum(one.own_elements for one in every)
@@ -197,7 +198,7 @@ class Reduction:
             most = self.held_bytes + max(new_share, copies)
         self.held_bytes += new_share
         for one in self.waiting:
-            stays = (self.sums_in_fp32 and one.is_own) or (self.keeps_foreign and not one.is_own)
+            stays = self.keeps_own if one.is_own else self.keeps_foreign
             if one.elements > self.capacity and not stays:
                 self.held_bytes -= self.gradient_bytes * one.elements
         self.waiting.clear()
