@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from gpt2ds.gpt2.config import MODELS
 from gpt2ds.gpt2.policies import POLICIES, recomputed_flops_per_token
+from gpt2ds.memory.communication import traffic
 from gpt2ds.memory.fit import (
     divisors,
     fastest_that_fits,
@@ -121,3 +122,7 @@ def test_the_order_of_preference() -> None:
     once = [replace(setting, accumulation=1, zero_stage=stage) for stage in (1, 2)]
     for pair in (alone, once):
         assert sorted(pair, key=slowness) == sorted(pair, key=lambda one: predict(one).peak_bytes)
+    # ZeRO-3 that keeps what it has gathered sends less than ZeRO-2 then, but waits for it.
+    kept = replace(setting, accumulation=1, zero_stage=3, live_parameter_elements=10**9)
+    assert traffic(kept).total < traffic(once[1]).total
+    assert slowness(kept) > slowness(once[1])
