@@ -115,7 +115,8 @@ def test_the_order_of_preference() -> None:
         replace(setting, zero_stage=2, offload_optimizer=True),
         replace(setting, zero_stage=3, offload_optimizer=True, offload_param=True),
     ]
-    assert sorted(in_order[::-1], key=slowness) == in_order
+    turned = in_order[::-1]
+    assert sorted(turned, key=slowness) == in_order
     # Alone a rank sends nothing, and the stage that takes least memory comes first; with one micro-batch a step ZeRO-1
     # and 2 send the same.
     alone = [replace(setting, ranks=1, zero_stage=stage) for stage in (1, 2)]

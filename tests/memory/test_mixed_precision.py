@@ -44,7 +44,9 @@ def test_the_answer_for_a_24_gb_card() -> None:
     assert found["fp32", True].largest_micro_batch == 4
     assert found["16 bits", True].peak_bytes < found["autocast", True].peak_bytes
     assert CAST_WEIGHTS in found["autocast", True].parts and CAST_WEIGHTS not in found["fp32", True].parts
-    assert found["fp32", True].parts["weights"] == found["autocast", True].parts["weights"] == 4 * LARGE.model.parameters
+    assert (
+        found["fp32", True].parts["weights"] == found["autocast", True].parts["weights"] == 4 * LARGE.model.parameters
+    )
 
 
 def test_the_16_bit_states_are_the_settings_own() -> None:
