@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from gpt2ds.plan import Plan
     from gpt2ds.probe.traced_estimate import TracedRow
     from gpt2ds.runlog.metrics import Recorder
+    from gpt2ds.training.memory_watch import MemoryWatch
 
 OTHER_RANKS_WAIT_SECONDS = 5.0
 
@@ -105,7 +106,7 @@ def train(gpus: int | None, **given: Any) -> None:
     from gpt2ds.training.loop import train as run_training
 
     try:
-        outcome = run_training(plan, _recorder)
+        outcome = run_training(plan, _recorder, _memory_watch(plan))
     except UserError:
         raise
     except Exception:
@@ -154,6 +155,15 @@ def _recorder(plan: "Plan") -> "Recorder":
     from gpt2ds.runlog.report import ReportView
 
     return RunLog(plan.folder, [console_view(plan.to_dict()), ReportView(plan.folder)])
+
+
+def _memory_watch(plan: "Plan") -> "MemoryWatch | None":
+    """The training loop measures CUDA's memory itself; on a CPU it takes counting every tensor, if asked for."""
+    if plan.device_kind != "cpu" or not plan.options.watch_memory:
+        return None
+    from gpt2ds.probe.tensor_watch import TensorWatch
+
+    return TensorWatch()
 
 
 def _without_option(arguments: list[str], name: str) -> list[str]:

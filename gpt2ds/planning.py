@@ -295,10 +295,10 @@ class _Planner:
         return found.micro_batch, found.accumulation
 
     def estimate(self, model: GPT2Config, micro_batch: int, accumulation: int) -> Estimate | None:
-        """The predicted memory on a GPU, with a note when it does not fit."""
-        if self.machine.kind == "cpu":
-            return None
+        """The predicted memory on a GPU, with a note when it does not fit; on a CPU where somebody will measure it."""
         setting = self.setting(model, micro_batch, accumulation)
+        if self.machine.kind == "cpu":
+            return self.estimate_on_cpu(setting) if self.options.watch_memory else None
         estimate = predict(setting)
         if not fits(estimate, self.device_bytes):
             most = largest_micro_batch(setting, self.device_bytes)
@@ -308,6 +308,23 @@ class _Planner:
                 f"expected to fit into {self.device_bytes / GIB:.2f} GiB: {advice}."
             )
         return estimate
+
+    def estimate_on_cpu(self, setting: MemorySetting) -> Estimate | None:
+        """What all tensors of a rank will take."""
+        if self.profile.compile:
+            self.problems.append(
+                "--watch-memory does not see the tensors inside of compiled blocks: leave it out, or take a profile "
+                "without compile."
+            )
+        if setting.offload_optimizer or setting.offload_param:
+            self.notes.append(
+                "--watch-memory: no prediction to compare with, because on a CPU offloaded tensors stay in the same "
+                "memory as all others."
+            )
+            return None
+        estimate = predict(replace(setting, loss_chunk=self.profile.loss_chunk or LOSS_CHUNK["cpu"]))
+        parts = {name: size for name, size in estimate.parts.items() if name != "workspace"}  # cuBLAS's
+        return replace(estimate, parts=parts, peak_bytes=sum(parts.values()))
 
     def check_data(self, model: GPT2Config, global_batch: int) -> None:
         """Whether the shards are of this model's vocabulary and hold a step's windows."""

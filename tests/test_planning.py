@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import PROFILES
 
 from gpt2ds.devices import GPU, MIB, Machine, card_bytes, peak_flops, this_machine
 from gpt2ds.errors import UserError
@@ -46,6 +47,28 @@ def test_the_default_model_is_the_largest_predicted_to_fit(wide_corpus: Path, tm
 def test_a_model_that_will_not_fit_is_said_beforehand(wide_corpus: Path, tmp_path: Path) -> None:
     plan = plan_of(wide_corpus, tmp_path, ONE_4090, ds="zero2", model="gpt2_large", micro_batch=16)
     assert any("not expected to fit" in note and "at most 6 is" in note for note in plan.notes)
+
+
+def test_on_a_cpu_memory_is_predicted_where_it_is_watched(wide_corpus: Path, tmp_path: Path) -> None:
+    assert plan_of(wide_corpus, tmp_path, CPU, ds="zero2").estimate is None
+    plan = plan_of(wide_corpus, tmp_path, CPU, ds="zero2", watch_memory=True)
+    assert plan.estimate is not None
+    assert plan.estimate.peak_bytes == sum(plan.estimate.parts.values())
+    assert "workspace" not in plan.estimate.parts, "that is cuBLAS's"
+    assert plan.identity() == plan_of(wide_corpus, tmp_path, CPU, ds="zero2").identity()
+
+
+def test_where_watching_the_memory_leads_nowhere(wide_corpus: Path, tmp_path: Path) -> None:
+    settings = json.loads((PROFILES / "zero2.json").read_text(encoding="utf-8"))
+    offloaded = settings | {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    (tmp_path / "offloaded.json").write_text(json.dumps(offloaded), encoding="utf-8")
+    plan = plan_of(wide_corpus, tmp_path, CPU, ds=str(tmp_path / "offloaded.json"), watch_memory=True)
+    assert plan.estimate is None
+    assert any("offloaded tensors stay in the same memory" in note for note in plan.notes)
+    settings["gpt2ds"]["compile"] = True
+    (tmp_path / "compiled.json").write_text(json.dumps(settings), encoding="utf-8")
+    with pytest.raises(UserError, match="does not see the tensors inside of compiled blocks"):
+        plan_of(wide_corpus, tmp_path, CPU, ds=str(tmp_path / "compiled.json"), watch_memory=True)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from gpt2ds.runlog.memory_check import MemoryCheck
 from gpt2ds.runlog.metrics import View, duration, gib, number, percent, perplexity, short_count
 
 PLAIN_FIRST_STEPS = 10
@@ -88,6 +89,7 @@ class _State:
         self.best: dict[str, Any] = {}
         self.sample: dict[str, Any] = {}
         self.incidents: list[dict[str, Any]] = []
+        self.memory_check: MemoryCheck | None = None
         self.end: dict[str, Any] = {}
         self.losses: deque[float] = deque(maxlen=CURVE_STEPS)
         self._recent: deque[tuple[int, float]] = deque(maxlen=100)
@@ -113,6 +115,8 @@ class _State:
             self.sample = record
         elif kind == "incident":
             self.incidents.append(record)
+        elif kind == "memory":
+            self.memory_check = MemoryCheck.of(record)
         elif kind == "end":
             self.end = record
 
@@ -228,7 +232,7 @@ class PlainView:
 
     def show(self, record: dict[str, Any]) -> None:
         state, kind = self._state, record["kind"]
-        if kind in ("evaluation", "checkpoint", "end"):
+        if kind in ("evaluation", "checkpoint", "memory", "end"):
             self._last_step()  # what they are about
         state.take(record)
         if kind == "start":
@@ -249,6 +253,8 @@ class PlainView:
             self._line(f"checkpoint {record.get('name')} at step {record['step']:,} | {size} | {seconds:.1f} s")
         elif kind == "incident":
             self._line(f"incident at step {record['step']:,}: {record.get('what')}")
+        elif kind == "memory" and state.memory_check:
+            self._line(f"memory in the steps: {state.memory_check.line()}")
         elif kind == "schedule":
             self._line(f"schedule: {record.get('total_steps') or 0:,} steps, {record.get('reason')}")
         elif kind == "end":
@@ -324,6 +330,8 @@ class LiveView:
             rows.append(("validation", Text(state.validation())))
         if state.sample:
             rows.append(("sample", Text(one_line(sample_text(state.sample), max(60, 2 * (width - 20))), "italic")))
+        if state.memory_check:
+            rows.append(("in steps", Text(state.memory_check.line())))
         for incident in state.incidents[-INCIDENTS_SHOWN:]:
             text = one_line(f"at step {incident['step']:,}: {incident.get('what')}", 300)
             rows.append(("incident", Text(text, "red")))

@@ -139,6 +139,8 @@ class History:
     schedule: dict[str, Any] | None
     planned_steps: int | None
     """The last total number of steps that a start or a schedule record named."""
+    memory: dict[str, Any] | None
+    """The last session's predicted and measured memory; None while it runs, and without a measurement."""
     end: dict[str, Any] | None
     """How the last session ended; None while it runs, or when it was killed."""
 
@@ -147,7 +149,7 @@ class History:
         by_step: dict[str, dict[int, dict[str, Any]]] = {"step": {}, "evaluation": {}, "sample": {}}
         events: list[dict[str, Any]] = []
         checkpoints: dict[str, dict[str, Any]] = {}
-        schedule = end = planned_steps = None
+        schedule = memory = end = planned_steps = None
         for record in records:
             kind, step = record["kind"], record["step"]
             if kind in ("start", "schedule"):
@@ -156,12 +158,14 @@ class History:
                 by_step[kind][step] = record
                 continue
             if kind == "start":
-                end = None
+                memory = end = None
                 for kept in by_step.values():
                     for superseded in [other for other in kept if other > step]:
                         del kept[superseded]
             elif kind == "end":
                 end = record
+            elif kind == "memory":
+                memory = record
             elif kind == "schedule":
                 schedule = record
             elif kind == "checkpoint":
@@ -179,6 +183,7 @@ class History:
             events=events,
             schedule=schedule,
             planned_steps=planned_steps,
+            memory=memory,
             end=end,
         )
 

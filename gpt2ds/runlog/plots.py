@@ -149,9 +149,11 @@ def _throughput(figure: Figure, history: History, plan: dict[str, Any]) -> None:
 def _memory(figure: Figure, history: History, plan: dict[str, Any]) -> None:
     devices, memory = plan.get("devices", {}), plan.get("memory", {})
     cuda = devices.get("kind") == "cuda"
-    axes = _axes(figure, "Memory of each rank", "GiB, " + ("peak allocated" if cuda else "resident"))
-    recorded = [record for record in history.steps if record.get("memory_bytes")]
-    steps, used = _column(recorded, "step"), _by_rank(recorded, "memory_bytes")
+    tensors = any(record.get("tensor_bytes") for record in history.steps)
+    name, what = ("tensor_bytes", "tensors") if tensors else ("memory_bytes", "peak allocated" if cuda else "resident")
+    axes = _axes(figure, "Memory of each rank", f"GiB, {what}")
+    recorded = [record for record in history.steps if record.get(name)]
+    steps, used = _column(recorded, "step"), _by_rank(recorded, name)
     marker = "o" if len(steps) < 3 else None
     if used.shape[1] > len(RANK_COLOURS):
         low, high = np.nanmin(used, axis=1), np.nanmax(used, axis=1)
@@ -161,9 +163,10 @@ def _memory(figure: Figure, history: History, plan: dict[str, Any]) -> None:
         for rank in range(used.shape[1]):
             axes.plot(steps, used[:, rank], color=RANK_COLOURS[rank], marker=marker, label=f"rank {rank}")
     top = float(np.nanmax(used)) if used.size else 0.0
-    if used.size and (reserved := [record for record in recorded if record.get("reserved_bytes")]):
-        most = np.nanmax(_by_rank(reserved, "reserved_bytes"), axis=1)
-        axes.plot(_column(reserved, "step"), most, color=GREY, linewidth=1, label="most reserved by the allocator")
+    name, what = ("memory_bytes", "resident") if tensors else ("reserved_bytes", "reserved by the allocator")
+    if used.size and (reserved := [record for record in recorded if record.get(name)]):
+        most = np.nanmax(_by_rank(reserved, name), axis=1)
+        axes.plot(_column(reserved, "step"), most, color=GREY, linewidth=1, label=f"most {what}")
         top = max(top, float(most.max()))
     if used.size and (predicted := (memory.get("predicted_peak_bytes") or 0) / 2**30):
         label = f"predicted peak {gib(predicted * 2**30)}"

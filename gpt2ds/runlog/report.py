@@ -16,13 +16,13 @@ from typing import Any
 from gpt2ds.errors import UserError
 from gpt2ds.files import write_atomically
 from gpt2ds.runlog.markdown import details, fence, safe, table
+from gpt2ds.runlog.memory_section import device_bytes, memory_section, peak_against_device, predicted_beside_measured
 from gpt2ds.runlog.metrics import (
     METRICS_FILE,
     History,
     duration,
     gib,
     number,
-    percent,
     perplexity,
     read_records,
     short_count,
@@ -89,7 +89,7 @@ def write_report(folder: Path) -> Path:
         _progress(history),
         _evaluations(history, plan),
         _samples(history),
-        _memory(history, plan),
+        memory_section(history, plan),
         _configuration(plan, ds_config),
         _machine(history),
         _checkpoints(history),
@@ -160,7 +160,7 @@ def _summary(history: History, plan: dict[str, Any]) -> list[str]:
     rows = [
         ("Model", f"{safe(str(model.get('name')))}, {number(model, 'parameters'):,.0f} parameters"),
         ("Profile", safe(str(plan.get("deepspeed", {}).get("profile", "unknown"))) + share),
-        ("Device", safe(f"{devices.get('name') or devices.get('kind', 'unknown')}, {gib(_device_bytes(plan))}")),
+        ("Device", safe(f"{devices.get('name') or devices.get('kind', 'unknown')}, {gib(device_bytes(plan))}")),
         ("Steps done", f"{history.last_step:,}" + (f" of {total:,}" if total else "")),
         ("Best validation loss", _loss(best)),
         ("Last validation loss", _loss(last_evaluation)),
@@ -172,7 +172,8 @@ def _summary(history: History, plan: dict[str, Any]) -> list[str]:
             "MFU, median",
             f"{100 * statistics.median(mfu):.1f}%" if mfu else "unknown (no peak rate known for the device)",
         ),
-        ("Peak memory", _peak_against_device(history, plan)),
+        ("Peak memory", peak_against_device(history, plan)),
+        *predicted_beside_measured(history),
     ]
     return ["## Summary", "", *table(("", ""), rows), ""]
 
@@ -182,28 +183,6 @@ def _loss(evaluation: dict[str, Any] | None) -> str:
         return "none yet"
     loss = number(evaluation, "val_loss")
     return f"{loss:.4f} (perplexity {perplexity(loss):,.2f}) at step {evaluation['step']:,}"
-
-
-def _device_bytes(plan: dict[str, Any]) -> float:
-    return number(plan.get("devices", {}), "memory_bytes")
-
-
-def _peaks(history: History) -> list[float]:
-    """Each rank's largest memory of all steps, in bytes."""
-    ranks = [record["memory_bytes"] for record in history.steps if record.get("memory_bytes")]
-    width = max(map(len, ranks), default=0)
-    return [float(max(sizes[rank] for sizes in ranks if rank < len(sizes))) for rank in range(width)]
-
-
-def _peak_against_device(history: History, plan: dict[str, Any]) -> str:
-    peaks, size = _peaks(history), _device_bytes(plan)
-    if not peaks:
-        return "unknown"
-    if plan.get("devices", {}).get("kind") == "cuda":
-        most = max(peaks)
-        return f"{gib(most)} on rank {peaks.index(most)}, {percent(most, size)} of the device's {gib(size)}"
-    together = "resident in all ranks together" if len(peaks) > 1 else "resident"
-    return f"{gib(sum(peaks))} {together}, {percent(sum(peaks), size)} of the host's {gib(size)}"
 
 
 def _progress(history: History) -> list[str]:
@@ -280,37 +259,6 @@ def _samples(history: History) -> list[str]:
         prompt, text = str(record.get("prompt", "")), str(record.get("text", ""))
         quoted = fence(text.removeprefix(prompt), "text")
         lines += [f"Step {record['step']:,}: **{safe(prompt.strip()) or '(no prompt)'}**", "", *quoted, ""]
-    return lines
-
-
-def _memory(history: History, plan: dict[str, Any]) -> list[str]:
-    cuda = plan.get("devices", {}).get("kind") == "cuda"
-    about = (
-        "Peak of the allocator's allocated bytes."
-        if cuda
-        else ("Resident memory of each process, so with Python and its libraries; the ranks share the host's memory.")
-    )
-    memory, size, peaks = plan.get("memory", {}), _device_bytes(plan), _peaks(history)
-    lines = ["## Memory", "", "![Memory of each rank](memory.png)", "", about, ""]
-    predicted = number(memory, "predicted_peak_bytes")
-    rows = []
-    if math.isfinite(predicted):
-        source = safe(str(memory.get("source", "formula")))
-        rows.append((f"predicted peak ({source})", gib(predicted), percent(predicted, size), ""))
-    for rank, peak in enumerate(peaks):
-        against = f"{100 * (peak / predicted - 1):+.1f}%" if predicted > 0 else "no prediction"
-        rows.append((f"measured, rank {rank}", gib(peak), percent(peak, size), against))
-    owner = "device" if cuda else "host"
-    if rows:
-        lines += [
-            *table(("", "peak", f"of the {owner}'s {gib(size)}", "against the prediction"), rows, left=1),
-            "",
-        ]
-    if isinstance(parts := memory.get("parts"), dict) and parts:
-        phase = f" in the phase `{memory['phase']}`" if memory.get("phase") else ""
-        rows_of_parts = [(safe(str(name)), gib(number(parts, name)), f"{number(parts, name):,.0f}") for name in parts]
-        lines += [f"What the prediction is made of{phase}:", ""]
-        lines += [*table(("part", "size", "bytes"), rows_of_parts, left=1), ""]
     return lines
 
 

@@ -10,7 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +30,7 @@ from gpt2ds.training import checkpoints
 from gpt2ds.training.engine import TrainingEngine, chatter_to, gather_numbers, share, start_ranks, stop_ranks
 from gpt2ds.training.evaluation import Evaluation, sample_text, to_device
 from gpt2ds.training.guard import Clock, Finiteness, StopSignals
+from gpt2ds.training.memory_watch import AllocatorWatch, MemoryWatch, StepPeaks
 from gpt2ds.training.out_of_memory import explain, is_out_of_memory
 from gpt2ds.training.schedule import LearningRate
 
@@ -55,11 +56,12 @@ class Outcome:
     folder: Path
 
 
-def train(plan: Plan, recorder_for: Callable[[Plan], Recorder]) -> Outcome:
+def train(plan: Plan, recorder_for: Callable[[Plan], Recorder], watch: MemoryWatch | None = None) -> Outcome:
     """Runs the plan on all ranks together.
 
-    recorder_for: makes rank 0's recorder once the run folder is there. Raises UserError when a resume is not possible,
-    and whatever the engine raises; the log then ends with the reason.
+    recorder_for: makes rank 0's recorder once the run folder is there. watch: measures this rank's memory; by default
+    CUDA's allocator does, and on a CPU nobody. Raises UserError when a resume is not possible, and whatever the engine
+    raises; the log then ends with the reason.
     """
     cap = card_bytes(plan.options.gpu_memory) if plan.options.gpu_memory else None
     try:
@@ -70,14 +72,17 @@ def train(plan: Plan, recorder_for: Callable[[Plan], Recorder]) -> Outcome:
         if answer := _answer(error, plan, int(os.environ["RANK"]), "while starting"):
             raise answer from error
         raise
+    if watch is None and plan.device_kind == "cuda":
+        watch = AllocatorWatch()
     recorder: Recorder = NullLog()
     plan.folder.mkdir(parents=True, exist_ok=True)
     if ranks.rank == 0:
         recorder = recorder_for(plan)
-    with closing(recorder), chatter_to(plan.folder / "deepspeed.log") as chatter, StopSignals() as signals:
+    chatter_file = plan.folder / "deepspeed.log"
+    with closing(recorder), chatter_to(chatter_file) as chatter, StopSignals() as signals, watch or nullcontext():
         run = None
         try:
-            run = _Run(plan, TrainingEngine(plan, ranks, chatter), recorder, signals)
+            run = _Run(plan, TrainingEngine(plan, ranks, chatter), recorder, signals, watch)
             reason, completed, failed = run.go()
         except UserError:
             raise  # a resume that is refused: the run is as it was
@@ -85,6 +90,8 @@ def train(plan: Plan, recorder_for: Callable[[Plan], Recorder]) -> Outcome:
             step, totals = (run.step, run.totals()) if run else (0, {"tokens": 0, "elapsed_seconds": 0.0})
             answer = _answer(error, plan, ranks.rank, run.doing if run else "building the engine")
             with suppress(OSError):  # on a full disk the first error is the one to see
+                if run:
+                    run.compare_memory()
                 if answer:
                     recorder.record("incident", step, what=" ".join(str(answer).splitlines()))
                 reason = "out of memory" if answer else _first_line(error)
@@ -93,6 +100,7 @@ def train(plan: Plan, recorder_for: Callable[[Plan], Recorder]) -> Outcome:
             if answer:
                 raise answer from error
             raise
+        run.compare_memory()
         recorder.record("end", run.step, reason=reason, **run.totals())
         stop_ranks()
     return Outcome(
@@ -116,11 +124,20 @@ def _answer(error: BaseException, plan: Plan, rank: int, doing: str) -> MemorySh
 class _Run:
     """The state of a run between two steps."""
 
-    def __init__(self, plan: Plan, engine: TrainingEngine, recorder: Recorder, signals: StopSignals) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        engine: TrainingEngine,
+        recorder: Recorder,
+        signals: StopSignals,
+        watch: MemoryWatch | None,
+    ) -> None:
         self.plan = plan
         self.engine = engine
         self.recorder = recorder
         self.signals = signals
+        self.watch = watch
+        self.peaks = StepPeaks()
         ranks = engine.ranks
         self.batches = Batches(
             Windows(plan.corpus.train, plan.context),
@@ -230,6 +247,7 @@ class _Run:
         plan, engine, device = self.plan, self.engine, self.engine.ranks.device
         self.doing = f"in step {self.step + 1}"
         start = time.monotonic()
+        outside = self.watch.begin_step() if self.watch else 0
         lr = self.rate.at(self.step)
         if plan.model.drop_rate:
             # Dropout as a function of the step: a resumed run drops the same units, and no random state needs saving.
@@ -243,18 +261,25 @@ class _Run:
         grad_norm, self.taken = engine.optimizer_step(lr)
         self.step += 1
 
-        peak, reserved = engine.memory()
+        in_use, reserved = engine.memory()
         rows = gather_numbers(
             [
                 float(loss) / plan.accumulation,
                 self.signals.received,
-                peak,
+                in_use,
                 -1 if reserved is None else reserved,
                 self._time_used(),
                 self._save_due(),
+                self.watch.end_step() if self.watch else 0,
+                outside,
             ],
             device,
         )
+        memory, reserved_by_rank, watched, outside_by_rank = (
+            [int(row[column]) for row in rows] for column in (2, 3, 6, 7)
+        )
+        if self.watch:
+            self.peaks.add(watched, None if reserved is None else reserved_by_rank, outside_by_rank)
         seconds = time.monotonic() - start
         self.step_seconds.append(seconds)
         mean_loss = statistics.fmean(row[0] for row in rows)
@@ -269,8 +294,9 @@ class _Run:
             tokens_per_second=round(speed, 1),
             step_seconds=round(seconds, 4),
             mfu=round(flops / plan.peak_flops, 4) if plan.peak_flops else None,
-            memory_bytes=[int(row[2]) for row in rows],
-            reserved_bytes=[int(row[3]) for row in rows] if reserved is not None else None,
+            memory_bytes=memory,
+            reserved_bytes=reserved_by_rank if reserved is not None else None,
+            tensor_bytes=watched if self.watch and plan.device_kind == "cpu" else None,
             skipped_steps=engine.skipped_steps,
             loss_scale=engine.loss_scale,
             **self.totals(),
@@ -283,6 +309,15 @@ class _Run:
             self.recorder.record("incident", self.step, what=f"Step {self.step} was left out: {cause}.")
         received = int(max(row[1] for row in rows))
         return received, rows[0][4], rows[0][5] > 0
+
+    def compare_memory(self) -> None:
+        """Predicted beside measured, for the log; an incident when they differ."""
+        check = self.peaks.check(self.plan)
+        if check is None:
+            return
+        self.recorder.record("memory", self.step, **check.to_dict())
+        if wrong := check.incident():
+            self.recorder.record("incident", self.step, what=wrong)
 
     def _evaluation_due(self) -> bool:
         every = self.evaluate_every

@@ -36,9 +36,13 @@ def test_every_shipped_profile_trains(tmp_path: Path, models_file: Path, corpus_
     )
     assert result.returncode == 0, result.stdout + result.stderr
     lines = (tmp_path / "logs" / "a" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    steps: list[dict[str, Any]] = [record for record in map(json.loads, lines) if record["kind"] == "step"]
+    records: list[dict[str, Any]] = list(map(json.loads, lines))
+    steps = [record for record in records if record["kind"] == "step"]
     assert steps[-1]["loss"] < steps[0]["loss"]
     assert steps[-1]["reserved_bytes"][0] >= steps[-1]["memory_bytes"][0] > 0
+    (check,) = (record for record in records if record["kind"] == "memory")
+    assert check["measured_bytes"] == [max(step["memory_bytes"][0] for step in steps[1:])]
+    assert check["steps"] == STEPS - 1 and check["reserved_bytes"][0] >= check["measured_bytes"][0]
     assert (steps[-1]["loss_scale"] is not None) == name.endswith("fp16")
 
 

@@ -80,6 +80,7 @@ def test_a_run_leaves_everything_behind(finished: Path) -> None:
     assert [record["step"] for record in records(run, "evaluation")] == [0, 4, 8]
     assert records(run, "evaluation")[0]["val_loss"] == pytest.approx(math.log(50257), abs=0.5)
     assert records(run, "end")[-1]["reason"] == "completed"
+    assert not records(run, "memory") and not records(run, "incident"), "nobody watched the memory"
     log = (run / "training_log.md").read_text(encoding="utf-8")
     for words in ("Fruits are good for you because", "train_loss.png", "zero2_fp32", "completed"):
         assert words in log
