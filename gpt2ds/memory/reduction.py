@@ -20,6 +20,7 @@ class Place:
     last_rank: int
     own_elements: int
     """Of them in the last rank's share."""
+    is_matrix: bool
 
     @property
     def is_own(self) -> bool:
@@ -56,8 +57,8 @@ def layout(model: GPT2Config, ranks: int) -> Layout:
     """Which tensor lies in whose share."""
     d = model.emb_dim
     matrix_elements = (model.vocab_size + model.context_length + model.n_layers * 12 * d) * d
-    matrices = _Shares(matrix_elements, ranks)
-    vectors = _Shares(model.parameters - matrix_elements, ranks)
+    matrices = _Shares(matrix_elements, ranks, is_matrix=True)
+    vectors = _Shares(model.parameters - matrix_elements, ranks, is_matrix=False)
     tokens, positions = matrices.place(model.vocab_size * d), matrices.place(model.context_length * d)
     blocks = []
     for _ in range(model.n_layers):
@@ -75,9 +76,10 @@ def layout(model: GPT2Config, ranks: int) -> Layout:
 class _Shares:
     """A flat buffer, divided equally among the ranks and filled tensor by tensor."""
 
-    def __init__(self, elements: int, ranks: int) -> None:
+    def __init__(self, elements: int, ranks: int, *, is_matrix: bool) -> None:
         self.share = -(-elements // ranks)
         self.ranks = ranks
+        self.is_matrix = is_matrix
         self.filled = 0
         self.placed: list[Place] = []
 
@@ -85,7 +87,7 @@ class _Shares:
         begin, self.filled = self.filled, self.filled + elements
         first, last = begin // self.share, (self.filled - 1) // self.share
         own = self.filled - max(begin, self.share * (self.ranks - 1)) if last == self.ranks - 1 else 0
-        self.placed.append(Place(elements, first, last, own))
+        self.placed.append(Place(elements, first, last, own, self.is_matrix))
         return self.placed[-1]
 
 
@@ -148,17 +150,20 @@ class Reduction:
         # Whether gradients that are too large for the bucket stay after the exchange, until the backward pass is over.
         self.keeps_own = self.sums_in_fp32 or setting.offload_optimizer
         self.keeps_foreign = stage == 1
-        every = (*places.matrices, *places.vectors)
+        kinds = {True: places.matrices, False: places.vectors}
+        self.unmade: dict[frozenset[bool], int]
+        """Bytes of the share's parts, of matrices (True), vectors (False) or both, until the first of them comes."""
         if self.sums_in_fp32:
-            self.share_bytes = 4 * sum(one.own_elements for one in every)
+            self.unmade = {frozenset([kind]): 4 * sum(one.own_elements for one in kinds[kind]) for kind in kinds}
         else:
             # Whole tensors, also the first, of which the share may have only a part (s12:2187).
-            self.share_bytes = self.s * sum(one.elements for one in every if one.is_own)
-            if setting.offload_optimizer:
-                self.share_bytes = 0
+            own = sum(one.elements for kind in kinds.values() for one in kind if one.is_own)
+            self.unmade = {frozenset(kinds): 0 if setting.offload_optimizer else self.s * own}
+        self.share_bytes = sum(self.unmade.values())
         # The sum of earlier micro-batches: in place for fp32 (s12:1303), else a second share beside the new one, or for
         # ZeRO-1 every gradient where it was.
-        self.has_share = stage == 2 and self.sums_in_fp32 and later
+        if stage == 2 and self.sums_in_fp32 and later:
+            self.unmade = {}
         earlier = self.share_bytes if later else 0
         self.moves = stage == 1 and (later or after_backward)
         self.held_bytes = a * setting.model.parameters if self.moves else earlier
@@ -189,8 +194,8 @@ class Reduction:
         copies = self.gradient_bytes * total if pieces > 1 else 0
         if self.gradient_bytes > self.s:
             copies += self.s * total  # exchanged in the type of the weights
-        new_share = self.share_bytes if own and not self.has_share else 0
-        self.has_share = self.has_share or bool(own)
+        made = [kinds for kinds in self.unmade if any(one.is_matrix in kinds for one in own)]
+        new_share = sum(self.unmade.pop(kinds) for kinds in made)
         if self.sums_in_fp32:
             copies += 4 * max((one.own_elements for one in own), default=0)
             most = self.held_bytes + new_share + copies
