@@ -10,7 +10,8 @@ from gpt2ds.estimate import memory_setting
 from gpt2ds.gpt2.config import MODELS
 from gpt2ds.gpt2.policies import POLICIES
 from gpt2ds.memory.fit import largest_micro_batch
-from gpt2ds.memory.formula import Estimate, MemorySetting, predict
+from gpt2ds.memory.formula import Estimate, predict
+from gpt2ds.memory.setting import MemorySetting
 from gpt2ds.options import TrainOptions
 
 SIZES = ("gpt2_small", "gpt2_medium", "gpt2_large", "gpt2_xl")

@@ -30,7 +30,8 @@ from gpt2ds.devices import this_machine
 from gpt2ds.ds_profile import DsProfile, load_profile
 from gpt2ds.estimate import memory_setting
 from gpt2ds.gpt2.config import MODELS, GPT2Config
-from gpt2ds.memory.formula import CUBLAS_WORKSPACE_BYTES, DTYPE_BYTES, MIB, MemorySetting, largest_parameter, predict
+from gpt2ds.memory.formula import MIB, largest_parameter, predict
+from gpt2ds.memory.setting import CUBLAS_WORKSPACE_BYTES, DTYPE_BYTES, MemorySetting
 from gpt2ds.options import TrainOptions
 from gpt2ds.probe.meta_engine import TraceRequest, trace_all
 

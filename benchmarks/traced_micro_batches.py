@@ -20,7 +20,8 @@ from gpt2ds.ds_profile import DsProfile, load_profile, shipped_profiles
 from gpt2ds.estimate import memory_setting
 from gpt2ds.gpt2.config import MODELS
 from gpt2ds.gpt2.policies import POLICIES
-from gpt2ds.memory.formula import CUBLAS_WORKSPACE_BYTES, MIB, MemorySetting, predict
+from gpt2ds.memory.formula import MIB, predict
+from gpt2ds.memory.setting import CUBLAS_WORKSPACE_BYTES, MemorySetting
 from gpt2ds.options import TrainOptions
 from gpt2ds.probe.meta_engine import TraceRequest, trace
 

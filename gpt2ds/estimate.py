@@ -15,8 +15,9 @@ from gpt2ds.gpt2.config import GPT2Config, find_model, with_context
 from gpt2ds.gpt2.policies import POLICIES, recomputed_flops_per_token
 from gpt2ds.memory.communication import Traffic, traffic
 from gpt2ds.memory.fit import divisors, fastest_that_fits, fits, largest_micro_batch, tensor_bytes
-from gpt2ds.memory.formula import DTYPE_BYTES, MemorySetting, predict
+from gpt2ds.memory.formula import predict
 from gpt2ds.memory.host import predict_host
+from gpt2ds.memory.setting import CUBLAS_WORKSPACE_BYTES, DTYPE_BYTES, LARGE_CUBLAS_WORKSPACE_BYTES, MemorySetting
 from gpt2ds.options import TrainOptions
 
 # Tokens whose logits exist at the same time, where the profile names none. Measured on an AMD EPYC with 2 cores: in
@@ -112,7 +113,7 @@ def estimate(options: EstimateOptions, machine: Machine) -> Estimates:
     names = options.ds or tuple(path.stem for path in shipped_profiles())
     rows = []
     for profile in map(load_profile, names):
-        setting = _setting(profile, options, model, ranks, room)
+        setting = _setting(profile, options, own_cards(options, machine), model, ranks, room)
         rows.append(row_of(profile, setting, nodes=options.nodes, room=room))
     return Estimates(model=model, device=device, room_bytes=room, rows=tuple(rows))
 
@@ -134,7 +135,7 @@ def model_and_ranks(options: EstimateOptions, machine: Machine) -> tuple[GPT2Con
 def card(options: EstimateOptions, machine: Machine, *, ranks: int) -> tuple[str, int]:
     """(the card in words, bytes that torch can reserve on it): the machine's fullest GPU, or the size asked for."""
     nccl = NCCL_BYTES if ranks > 1 else 0
-    if options.gpu_memory is None and machine.gpus:
+    if own_cards(options, machine):
         fullest = min(machine.gpus, key=lambda gpu: gpu.free_bytes)
         return f"{fullest.name}, what is free on it now", fullest.free_bytes - CONTEXT_BYTES - nccl
     size = options.gpu_memory or ASSUMED_CARD_GB
@@ -142,10 +143,25 @@ def card(options: EstimateOptions, machine: Machine, *, ranks: int) -> tuple[str
     return words, card_bytes(size) - nccl
 
 
+def own_cards(options: EstimateOptions, machine: Machine) -> Machine | None:
+    """The machine, when the estimate is for the GPUs in it."""
+    return machine if machine.gpus and options.gpu_memory is None else None
+
+
 def memory_setting(
-    options: TrainOptions, profile: DsProfile, model: GPT2Config, *, ranks: int, micro_batch: int, accumulation: int
+    options: TrainOptions,
+    profile: DsProfile,
+    model: GPT2Config,
+    *,
+    ranks: int,
+    micro_batch: int,
+    accumulation: int,
+    machine: Machine | None = None,
 ) -> MemorySetting:
-    """What the memory formula needs to know of a model under a profile on GPUs."""
+    """What the memory formula needs to know of a model under a profile. machine: the one that it runs on, GPUs or CPUs;
+    by default one with the cards that most people have.
+    """
+    kind = machine.kind if machine else "cuda"
     return MemorySetting(
         model=model,
         context=min(options.context or model.context_length, model.context_length),
@@ -156,7 +172,7 @@ def memory_setting(
         dtype=profile.dtype,
         grad_accum_dtype=profile.grad_accum_dtype,
         recompute=options.recompute or profile.recompute,
-        loss_chunk=profile.loss_chunk or LOSS_CHUNK["cuda"],
+        loss_chunk=profile.loss_chunk or LOSS_CHUNK[kind],
         reduce_bucket_elements=profile.reduce_bucket_elements,
         overlap_comm=profile.overlap_comm,
         offload_optimizer=profile.offload_optimizer is not None,
@@ -168,7 +184,16 @@ def memory_setting(
         sub_group_elements=profile.sub_group_elements,
         master_bytes=profile.master_bytes,
         moment_bytes=profile.moment_bytes,
+        workspace_bytes=_workspace_bytes(machine) if machine else CUBLAS_WORKSPACE_BYTES,
     )
+
+
+def _workspace_bytes(machine: Machine) -> int:
+    """What cuBLAS takes on the machine's GPUs."""
+    if not machine.gpus:
+        return 0
+    large = any((gpu.compute_capability or (8, 0)) >= (9, 0) for gpu in machine.gpus)
+    return LARGE_CUBLAS_WORKSPACE_BYTES if large else CUBLAS_WORKSPACE_BYTES
 
 
 def policies_of(profile: DsProfile, asked: str | None) -> tuple[str, ...]:
@@ -205,12 +230,22 @@ def check_global_batch(name: str, total: int, ranks: int) -> None:
         )
 
 
-def _setting(profile: DsProfile, options: EstimateOptions, model: GPT2Config, ranks: int, room: int) -> MemorySetting:
+def _setting(
+    profile: DsProfile, options: EstimateOptions, machine: Machine | None, model: GPT2Config, ranks: int, room: int
+) -> MemorySetting:
     """The setting that a profile's row is about."""
     asked = TrainOptions(recompute=options.recompute, context=options.context)
 
     def of(micro_batch: int, accumulation: int) -> MemorySetting:
-        found = memory_setting(asked, profile, model, ranks=ranks, micro_batch=micro_batch, accumulation=accumulation)
+        found = memory_setting(
+            asked,
+            profile,
+            model,
+            ranks=ranks,
+            micro_batch=micro_batch,
+            accumulation=accumulation,
+            machine=machine,
+        )
         return replace(found, loss_chunk=options.loss_chunk or found.loss_chunk)
 
     micro_batch, accumulation = options.micro_batch or profile.micro_batch, options.accumulation or profile.accumulation

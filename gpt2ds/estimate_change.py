@@ -10,7 +10,8 @@ from gpt2ds.estimate import EstimateOptions, Estimates, Row, card, memory_settin
 from gpt2ds.gpt2.config import MODELS, with_context
 from gpt2ds.gpt2.policies import recomputed_flops_per_token
 from gpt2ds.memory.fit import divisors, fits
-from gpt2ds.memory.formula import MemorySetting, predict
+from gpt2ds.memory.formula import predict
+from gpt2ds.memory.setting import MemorySetting
 from gpt2ds.options import TrainOptions
 
 # The sizes in which cards are sold, in GB.

@@ -20,6 +20,7 @@ from gpt2ds.estimate import (
     check_global_batch,
     memory_setting,
     model_and_ranks,
+    own_cards,
     possible_policies,
     row_of,
 )
@@ -27,7 +28,8 @@ from gpt2ds.estimate_change import smallest_change
 from gpt2ds.files import write_atomically
 from gpt2ds.gpt2.config import GPT2Config
 from gpt2ds.memory.fit import fastest_that_fits, fits, slowness, tensor_bytes
-from gpt2ds.memory.formula import MemorySetting, predict
+from gpt2ds.memory.formula import predict
+from gpt2ds.memory.setting import MemorySetting
 from gpt2ds.options import DEFAULTS, TrainOptions
 from gpt2ds.requirements import host_memory_problem, missing_requirements
 
@@ -76,7 +78,7 @@ def find_fit(options: EstimateOptions, machine: Machine) -> Fit:
     found: list[Row] = []
     left_out: list[str] = []
     for profile in candidates:
-        start = _start(profile, options, model, ranks, total)
+        start = _start(profile, options, own_cards(options, machine), model, ranks, total)
         policies = (options.recompute,) if options.recompute else possible_policies(profile)
         search = fastest_that_fits if _is_free(options) else _fastest_policy
         setting = search(start, room, policies=policies)
@@ -205,7 +207,9 @@ def _global_batch(
     return total, whence
 
 
-def _start(profile: DsProfile, options: EstimateOptions, model: GPT2Config, ranks: int, total: int) -> MemorySetting:
+def _start(
+    profile: DsProfile, options: EstimateOptions, machine: Machine | None, model: GPT2Config, ranks: int, total: int
+) -> MemorySetting:
     """The setting whose micro-batch, accumulation and policy the search varies."""
     per_rank = total // ranks
     micro_batch = options.micro_batch or (per_rank // options.accumulation if options.accumulation else 1)
@@ -216,6 +220,7 @@ def _start(profile: DsProfile, options: EstimateOptions, model: GPT2Config, rank
         ranks=ranks,
         micro_batch=micro_batch,
         accumulation=per_rank // micro_batch,
+        machine=machine,
     )
     return replace(setting, loss_chunk=options.loss_chunk or setting.loss_chunk)
 
@@ -264,7 +269,8 @@ def _nothing_fits(
     total: int,
 ) -> str:
     """What would have to change for the candidate that is nearest to fitting."""
-    settings = [_start(profile, options, model, ranks, total) for profile in candidates]
+    cards = own_cards(options, machine)
+    settings = [_start(profile, options, cards, model, ranks, total) for profile in candidates]
     smallest = [replace(one, recompute=options.recompute or "full") for one in settings]
     nearest = min(range(len(candidates)), key=lambda index: predict(smallest[index]).peak_bytes)
     room = card(options, machine, ranks=ranks)[1]

@@ -21,8 +21,9 @@ from gpt2ds.errors import UserError
 from gpt2ds.estimate import LOSS_CHUNK, asks_for_auto, check_global_batch, memory_setting, policies_of
 from gpt2ds.gpt2.config import MODELS, GPT2Config, find_model, with_context
 from gpt2ds.memory.fit import divisors, fastest_that_fits, fits, largest_micro_batch, largest_model
-from gpt2ds.memory.formula import DTYPE_BYTES, Estimate, MemorySetting, predict
+from gpt2ds.memory.formula import Estimate, predict
 from gpt2ds.memory.host import predict_host
+from gpt2ds.memory.setting import DTYPE_BYTES, MemorySetting
 from gpt2ds.options import DEFAULTS, PEAK_LR, TrainOptions
 from gpt2ds.plan import Plan, Schedule, count_windows, evaluation_interval, warmup_steps
 from gpt2ds.requirements import host_memory_problem, missing_requirements
@@ -170,8 +171,7 @@ class _Planner:
         setting = self.setting(model, micro_batch, accumulation)
         if self.machine.kind == "cpu":
             # There every byte is the host's. What is offloaded only moves from one part of it to another.
-            chunk = self.profile.loss_chunk or LOSS_CHUNK["cpu"]
-            on_host = replace(setting, offload_optimizer=False, offload_param=False, loss_chunk=chunk)
+            on_host = replace(setting, offload_optimizer=False, offload_param=False)
             parts = {name: size * self.ranks_here for name, size in predict(on_host).parts.items()}
         else:
             parts = self.host_parts(setting)
@@ -218,9 +218,14 @@ class _Planner:
 
     def setting(self, model: GPT2Config, micro_batch: int, accumulation: int) -> MemorySetting:
         """What the memory formula needs to know of this run."""
-        options = replace(self.options, recompute=self.recompute)
         return memory_setting(
-            options, self.profile, model, ranks=self.ranks, micro_batch=micro_batch, accumulation=accumulation
+            replace(self.options, recompute=self.recompute),
+            self.profile,
+            model,
+            ranks=self.ranks,
+            micro_batch=micro_batch,
+            accumulation=accumulation,
+            machine=self.machine,
         )
 
     def default_model(self) -> GPT2Config:
@@ -322,9 +327,7 @@ class _Planner:
                 "memory as all others."
             )
             return None
-        estimate = predict(replace(setting, loss_chunk=self.profile.loss_chunk or LOSS_CHUNK["cpu"]))
-        parts = {name: size for name, size in estimate.parts.items() if name != "workspace"}  # cuBLAS's
-        return replace(estimate, parts=parts, peak_bytes=sum(parts.values()))
+        return predict(setting)
 
     def check_data(self, model: GPT2Config, global_batch: int) -> None:
         """Whether the shards are of this model's vocabulary and hold a step's windows."""

@@ -8,7 +8,7 @@ communication log on two ranks (`benchmarks/communication.py`).
 from dataclasses import dataclass
 
 from gpt2ds.gpt2.config import GPT2Config
-from gpt2ds.memory.formula import DTYPE_BYTES, MemorySetting
+from gpt2ds.memory.setting import DTYPE_BYTES, MemorySetting
 
 # ZeRO-3 keeps smaller tensors whole on every rank: stage3_param_persistence_threshold, as shipped and by default.
 PERSISTENT_ELEMENTS = 100_000

@@ -6,7 +6,8 @@ from dataclasses import replace
 from gpt2ds.gpt2.config import GPT2Config
 from gpt2ds.gpt2.policies import POLICIES, recomputed_flops_per_token
 from gpt2ds.memory.communication import traffic
-from gpt2ds.memory.formula import Estimate, MemorySetting, predict
+from gpt2ds.memory.formula import Estimate, predict
+from gpt2ds.memory.setting import MemorySetting
 
 # Between what tensors hold and what the caching allocator reserves for them lie 3 to 5% even with expandable segments.
 ALLOCATOR_SLACK = 1 - 22_900 / 23_700

@@ -14,16 +14,9 @@ from dataclasses import dataclass
 from gpt2ds.gpt2.policies import saved_bytes_per_token
 from gpt2ds.memory.backward import WORKING_SET, Moment, gradient_course
 from gpt2ds.memory.gathering import gathered_bytes
-from gpt2ds.memory.setting import DTYPE_BYTES, MemorySetting
-
-__all__ = ["CUBLAS_WORKSPACE_BYTES", "DTYPE_BYTES", "MIB", "Estimate", "MemorySetting", "largest_parameter", "predict"]
+from gpt2ds.memory.setting import MemorySetting
 
 MIB = 2**20
-
-# cuBLAS takes a workspace through the caching allocator for each thread that multiplies: forward and autograd, 8.125
-# MiB each on consumer cards plus 1 MiB of cuBLASLt (PyTorch, aten/src/ATen/cuda/CublasHandlePool.cpp). On H100 and H200
-# it is 66 MiB.
-CUBLAS_WORKSPACE_BYTES = 18 * MIB
 
 # Token ids and targets, 8 bytes each.
 TOKEN_ID_BYTES = 16
@@ -53,7 +46,7 @@ def predict(setting: MemorySetting) -> Estimate:
 def _states(setting: MemorySetting) -> Parts:
     """What lives through the whole step: weights, master weights, moments, staging buffers."""
     s, P, stage, share = setting.dtype_bytes, setting.model.parameters, setting.zero_stage, _share(setting)
-    parts: Parts = {"weights": s * P, "workspace": CUBLAS_WORKSPACE_BYTES}
+    parts: Parts = {"weights": s * P, "workspace": setting.workspace_bytes}
     if stage == 3:
         parts["weights"] = 0 if setting.offload_param else s * share
     if setting.offload_optimizer:

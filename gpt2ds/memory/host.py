@@ -4,7 +4,8 @@ Units and letters as in `formula`. References are to deepspeed 0.19.8: s12 = run
 z3 = runtime/zero/stage3.py. All ranks of one machine together; the processes themselves (some 0.5 GiB each) are not in.
 """
 
-from gpt2ds.memory.formula import DTYPE_BYTES, MemorySetting, largest_parameter
+from gpt2ds.memory.formula import largest_parameter
+from gpt2ds.memory.setting import DTYPE_BYTES, MemorySetting
 
 
 def predict_host(setting: MemorySetting, *, ranks_here: int, pinned: bool = True) -> dict[str, int]:

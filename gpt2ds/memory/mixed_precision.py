@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from gpt2ds.gpt2.config import GPT2Config
 from gpt2ds.gpt2.policies import saved_bytes_per_token
 from gpt2ds.memory.fit import MICRO_BATCH_MOST, last_true, tensor_bytes
-from gpt2ds.memory.formula import DTYPE_BYTES, MemorySetting
+from gpt2ds.memory.setting import DTYPE_BYTES, MemorySetting
 
 PRECISIONS = ("fp32", "autocast", "16 bits")
 

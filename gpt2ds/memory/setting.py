@@ -6,6 +6,12 @@ from gpt2ds.gpt2.config import GPT2Config
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
+# cuBLAS takes a workspace through the caching allocator for each thread that multiplies, the forward pass's and
+# autograd's; cuBLASLt shares it (PyTorch 2.13, aten/src/ATen/cuda/CublasHandlePool.cpp). 8,320 KiB on most cards.
+CUBLAS_WORKSPACE_BYTES = 2 * 8320 * 1024
+# 32 MiB on those of compute capability 9 and above.
+LARGE_CUBLAS_WORKSPACE_BYTES = 2 * 32 * 2**20
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemorySetting:
@@ -39,6 +45,8 @@ class MemorySetting:
     """Of each parameter's two moments; 4 under bf16_optimizer_states, 2 and their scales in 8 bits."""
     immediate_grad_update: bool = True
     """ZeRO-1 in bf16 with fp32 sums: whether a gradient is added to its sum, and dropped, as soon as it is there."""
+    workspace_bytes: int = CUBLAS_WORKSPACE_BYTES
+    """What the library of matrix products keeps for itself on the device."""
 
     @property
     def tokens(self) -> int:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from gpt2ds.memory.formula import CUBLAS_WORKSPACE_BYTES
+from gpt2ds.memory.setting import CUBLAS_WORKSPACE_BYTES
 from gpt2ds.probe.segments import BLOCK_BYTES, SMALL_BYTES, Block, Device, ExpandablePool, Pool, rounded
 
 

@@ -120,7 +120,13 @@ class _Session:
         plan = candidate.plan
         assert plan is not None
         one = memory_setting(
-            plan.options, plan.profile, plan.model, ranks=plan.ranks, micro_batch=1, accumulation=plan.accumulation
+            plan.options,
+            plan.profile,
+            plan.model,
+            ranks=plan.ranks,
+            micro_batch=1,
+            accumulation=plan.accumulation,
+            machine=plan.machine,
         )
         predicted = largest_micro_batch(one, plan.device_bytes)
         tried: dict[int, dict[str, Any]] = {}

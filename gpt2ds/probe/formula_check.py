@@ -14,7 +14,8 @@ from gpt2ds.errors import UserError
 from gpt2ds.estimate import memory_setting
 from gpt2ds.gpt2.config import MODELS, GPT2Config, with_context
 from gpt2ds.gpt2.policies import POLICIES
-from gpt2ds.memory.formula import CUBLAS_WORKSPACE_BYTES, MemorySetting, predict
+from gpt2ds.memory.formula import predict
+from gpt2ds.memory.setting import CUBLAS_WORKSPACE_BYTES, MemorySetting
 from gpt2ds.options import TrainOptions
 from gpt2ds.probe.meta_engine import Trace, TraceRequest, trace
 
@@ -56,8 +57,15 @@ class Case:
     def setting(self) -> MemorySetting:
         """The case as the formula takes it."""
         options = TrainOptions(context=self.context, recompute=self.recompute)
-        batch = {"ranks": self.ranks, "micro_batch": self.micro_batch, "accumulation": self.accumulation}
-        return replace(memory_setting(options, self.profile(), self.config(), **batch), loss_chunk=self.loss_chunk)
+        setting = memory_setting(
+            options,
+            self.profile(),
+            self.config(),
+            ranks=self.ranks,
+            micro_batch=self.micro_batch,
+            accumulation=self.accumulation,
+        )
+        return replace(setting, loss_chunk=self.loss_chunk)
 
     def request(self) -> TraceRequest:
         """The case as the trace takes it."""

@@ -8,12 +8,12 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from gpt2ds.ds_profile import DsProfile
 from gpt2ds.estimate import Estimates, Row
 from gpt2ds.gpt2.config import with_context
-from gpt2ds.memory.formula import CUBLAS_WORKSPACE_BYTES
 from gpt2ds.probe.allocator import replay
 from gpt2ds.probe.meta_engine import Phase, Trace, TraceRequest, trace
 
@@ -125,7 +125,8 @@ def _traced(row: Row, room_bytes: int) -> Traced:
     started = time.monotonic()
     seen = trace(request)
     seconds = time.monotonic() - started
-    phases = tuple(_with_workspace(phase) for phase in seen.phases)
+    workspace = setting.workspace_bytes
+    phases = tuple(_with_workspace(phase, workspace) for phase in seen.phases)
     peak = max(phases, key=lambda phase: phase.peak_bytes)
     return Traced(
         peak_bytes=peak.peak_bytes,
@@ -135,26 +136,28 @@ def _traced(row: Row, room_bytes: int) -> Traced:
         difference_percent=round(100 * (row.peak_bytes / peak.peak_bytes - 1), 3),
         accumulation=accumulation,
         seconds=round(seconds, 1),
-        **_replayed(seen, room_bytes),
+        **_replayed(seen, room_bytes, workspace),
     )
 
 
-def _replayed(seen: Trace, room_bytes: int) -> dict[str, Any]:
-    fixed = replay(seen.events, streams=seen.streams, expandable_segments=False)
-    expandable = replay(seen.events, streams=seen.streams, expandable_segments=True)
-    capped = replay(seen.events, streams=seen.streams, expandable_segments=True, cap_bytes=room_bytes)
+def _replayed(seen: Trace, room_bytes: int, workspace_bytes: int) -> dict[str, Any]:
+    # One workspace for the forward pass's thread, one for autograd's.
+    again = partial(replay, seen.events, streams=seen.streams, workspaces=(workspace_bytes // 2,) * 2)
+    fixed = again(expandable_segments=False)
+    expandable = again(expandable_segments=True)
+    capped = again(expandable_segments=True, cap_bytes=room_bytes)
     reserved = Reserved(fixed_bytes=fixed.peak_reserved_bytes, expandable_bytes=expandable.peak_reserved_bytes)
     return {"reserved": reserved, "fits": capped.fits, "retries": capped.retries}
 
 
-def _with_workspace(phase: Phase) -> Phase:
+def _with_workspace(phase: Phase, workspace_bytes: int) -> Phase:
     return Phase(
         # All phases are of the last traced step, whichever that is.
         name=phase.name.split(" ", 2)[2],
-        peak_bytes=phase.peak_bytes + CUBLAS_WORKSPACE_BYTES,
+        peak_bytes=phase.peak_bytes + workspace_bytes,
         operation=phase.operation,
-        after_bytes=phase.after_bytes + CUBLAS_WORKSPACE_BYTES,
-        parts=phase.parts | {WORKSPACE: CUBLAS_WORKSPACE_BYTES},
+        after_bytes=phase.after_bytes + workspace_bytes,
+        parts=phase.parts | {WORKSPACE: workspace_bytes},
     )
 
 

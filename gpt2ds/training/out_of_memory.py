@@ -13,8 +13,9 @@ from gpt2ds.ds_profile import load_profile
 from gpt2ds.estimate import memory_setting
 from gpt2ds.gpt2.policies import POLICIES
 from gpt2ds.memory.fit import fastest_that_fits
-from gpt2ds.memory.formula import MemorySetting, predict
+from gpt2ds.memory.formula import predict
 from gpt2ds.memory.host import predict_host
+from gpt2ds.memory.setting import MemorySetting
 from gpt2ds.plan import Plan
 from gpt2ds.requirements import host_memory_problem, missing_requirements
 from gpt2ds.runlog.metrics import gib
@@ -163,7 +164,8 @@ def _other_profile(plan: Plan, room: int, limit: int) -> tuple[str | None, Memor
     for name in ("zero3", "zero2_offload", "zero3_offload"):
         profile = load_profile(name)
         batch = {"micro_batch": plan.micro_batch, "accumulation": plan.accumulation, "ranks": plan.ranks}
-        setting = memory_setting(replace(plan.options, context=plan.context), profile, plan.model, **batch)
+        options = replace(plan.options, context=plan.context)
+        setting = memory_setting(options, profile, plan.model, machine=plan.machine, **batch)
         found = fastest_that_fits(setting, room, most_peak_bytes=limit)
         if found is None or profile.dtype != plan.profile.dtype or name == plan.profile.name:
             continue
@@ -176,12 +178,12 @@ def _other_profile(plan: Plan, room: int, limit: int) -> tuple[str | None, Memor
 
 
 def _setting(plan: Plan) -> MemorySetting:
-    setting = memory_setting(
+    return memory_setting(
         replace(plan.options, context=plan.context, recompute=plan.recompute),
         plan.profile,
         plan.model,
         ranks=plan.ranks,
         micro_batch=plan.micro_batch,
         accumulation=plan.accumulation,
+        machine=plan.machine,
     )
-    return replace(setting, loss_chunk=plan.loss_chunk)

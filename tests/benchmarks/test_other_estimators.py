@@ -10,7 +10,7 @@ import pytest
 from support import TESTS, cpu_environment, load_benchmark
 
 from gpt2ds.gpt2.config import MODELS
-from gpt2ds.memory.formula import CUBLAS_WORKSPACE_BYTES
+from gpt2ds.memory.setting import CUBLAS_WORKSPACE_BYTES
 from gpt2ds.probe.meta_engine import trace_all
 
 others = load_benchmark("other_estimators")

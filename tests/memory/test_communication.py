@@ -9,7 +9,7 @@ import pytest
 
 from gpt2ds.gpt2.config import MODELS
 from gpt2ds.memory.communication import PERSISTENT_ELEMENTS, persistent_parameters, traffic
-from gpt2ds.memory.formula import MemorySetting
+from gpt2ds.memory.setting import MemorySetting
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "communication.json"
 COUNTED = json.loads(RESULTS.read_text(encoding="utf-8"))

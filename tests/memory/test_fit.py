@@ -18,7 +18,8 @@ from gpt2ds.memory.fit import (
     largest_micro_batch,
     slowness,
 )
-from gpt2ds.memory.formula import MemorySetting, predict
+from gpt2ds.memory.formula import predict
+from gpt2ds.memory.setting import MemorySetting
 
 GIB = 2**30
 SMALL = MemorySetting(

@@ -15,7 +15,8 @@ from gpt2ds.estimate import memory_setting
 from gpt2ds.gpt2.config import MODELS
 from gpt2ds.gpt2.policies import POLICIES, recomputed_flops_per_token, saved_bytes_per_token
 from gpt2ds.memory.fit import fastest_that_fits, fits, largest_micro_batch, largest_model
-from gpt2ds.memory.formula import CUBLAS_WORKSPACE_BYTES, MIB, MemorySetting, _step, predict
+from gpt2ds.memory.formula import MIB, _step, predict
+from gpt2ds.memory.setting import CUBLAS_WORKSPACE_BYTES, MemorySetting
 from gpt2ds.options import TrainOptions
 
 CARD_24GB_BYTES = card_bytes(24)

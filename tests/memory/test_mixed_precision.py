@@ -6,8 +6,9 @@ import pytest
 
 from gpt2ds.devices import card_bytes
 from gpt2ds.gpt2.config import MODELS
-from gpt2ds.memory.formula import MIB, MemorySetting
+from gpt2ds.memory.formula import MIB
 from gpt2ds.memory.mixed_precision import CAST_WEIGHTS, compare, plain_parts
+from gpt2ds.memory.setting import MemorySetting
 
 LARGE = MemorySetting(
     model=replace(MODELS["gpt2_large"], qkv_bias=True),

@@ -10,7 +10,8 @@ import pytest
 from gpt2ds.ds_profile import load_profile
 from gpt2ds.estimate import memory_setting
 from gpt2ds.gpt2.config import MODELS
-from gpt2ds.memory.formula import CUBLAS_WORKSPACE_BYTES, predict
+from gpt2ds.memory.formula import predict
+from gpt2ds.memory.setting import CUBLAS_WORKSPACE_BYTES
 from gpt2ds.options import TrainOptions
 from gpt2ds.probe.meta_engine import Trace, TraceRequest, trace, trace_all
 

@@ -12,7 +12,7 @@ from support import PROFILES, run_cli
 from gpt2ds.devices import CARD_OVERHEAD_BYTES, Machine
 from gpt2ds.estimate import EstimateOptions, Estimates, estimate
 from gpt2ds.memory.fit import tensor_bytes
-from gpt2ds.memory.formula import CUBLAS_WORKSPACE_BYTES
+from gpt2ds.memory.setting import CUBLAS_WORKSPACE_BYTES
 from gpt2ds.probe import traced_estimate
 from gpt2ds.probe.meta_engine import Trace
 from gpt2ds.probe.traced_estimate import TracedRow, to_dict, traced_rows
