@@ -10,6 +10,7 @@ hour on two cores.
 import argparse
 import json
 import statistics
+import textwrap
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -49,9 +50,9 @@ def main() -> None:
             rows.append({"case": asdict(case), "traced_peak_bytes": seen.peak_bytes, "traced_phase": seen.phase})
             print(f"{kind}: {100 * error(case, seen.peak_bytes):+.3f}%  {case}", flush=True)
             results["draws"][f"{kind}, seed {arguments.seed}"] = summary(kind, rows)
-            RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            RESULTS.write_text(as_text(results), encoding="utf-8")
         results["draws"][f"{kind}, seed {arguments.seed}"] = summary(kind, rows)
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        RESULTS.write_text(as_text(results), encoding="utf-8")
     for name, drawn in results["draws"].items():
         print(f"{name}: {drawn['count']} cases, worst {drawn['worst_percent']}%, mean {drawn['mean_percent']}%")
 
@@ -74,6 +75,14 @@ def summary(kind: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
             for row, one in zip(rows, errors, strict=True)
         ],
     }
+
+
+def as_text(results: dict[str, Any]) -> str:
+    """JSON with a line for each case."""
+    text = json.dumps(results, indent=1)
+    for row in recorded(results):
+        text = text.replace(textwrap.indent(json.dumps(row, indent=1), "    ").lstrip(), json.dumps(row))
+    return text + "\n"
 
 
 if __name__ == "__main__":
