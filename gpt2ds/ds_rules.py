@@ -294,6 +294,11 @@ def _eight_bit_states(settings: Settings) -> Iterator[str]:
 def _elsewhere(settings: Settings) -> Iterator[str]:
     if not settings.get("managed_gradient_accumulation", True):
         yield "managed_gradient_accumulation false: gpt2ds leaves the counting of micro-batches to DeepSpeed: remove it"
+    if settings.get("memory_breakdown"):
+        yield (
+            "memory_breakdown: DeepSpeed resets CUDA's peak memory in the middle of a step, and the log's comparison "
+            "with the prediction would be wrong: remove it (the training log has the memory of every step)"
+        )
     if settings.get("gradient_allreduce_op") == "sum":
         yield 'gradient_allreduce_op "sum" makes gradients grow with the number of ranks: remove it'
     for key in ("load_universal", "use_node_local_storage"):

@@ -321,6 +321,12 @@ class _Planner:
                 "--watch-memory does not see the tensors inside of compiled blocks: leave it out, or take a profile "
                 "without compile."
             )
+        if setting.model.drop_rate:
+            self.notes.append(
+                "--watch-memory: no prediction to compare with, because on a CPU dropout takes attention without a "
+                "fused kernel, and the formula is about a GPU's."
+            )
+            return None
         if setting.offload_optimizer or setting.offload_param:
             self.notes.append(
                 "--watch-memory: no prediction to compare with, because on a CPU offloaded tensors stay in the same "

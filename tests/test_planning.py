@@ -65,6 +65,11 @@ def test_where_watching_the_memory_leads_nowhere(wide_corpus: Path, tmp_path: Pa
     plan = plan_of(wide_corpus, tmp_path, CPU, ds=str(tmp_path / "offloaded.json"), watch_memory=True)
     assert plan.estimate is None
     assert any("offloaded tensors stay in the same memory" in note for note in plan.notes)
+    sizes = tmp_path / "sizes.json"
+    sizes.write_text('{"models": {"small": {"emb_dim": 64, "n_heads": 2, "n_layers": 2, "drop_rate": 0.1}}}')
+    plan = plan_of(wide_corpus, tmp_path, CPU, ds="zero2", watch_memory=True, model="small", models_file=sizes)
+    assert plan.estimate is None
+    assert any("dropout takes attention without a fused kernel" in note for note in plan.notes)
     settings["gpt2ds"]["compile"] = True
     (tmp_path / "compiled.json").write_text(json.dumps(settings), encoding="utf-8")
     with pytest.raises(UserError, match="does not see the tensors inside of compiled blocks"):

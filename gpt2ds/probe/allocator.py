@@ -1,7 +1,7 @@
 """A trace's allocations replayed through a model of PyTorch's CUDA caching allocator: what it reserves from the device.
 
-The rules are those of PyTorch 2.13, c10/cuda/CUDACachingAllocator.cpp; "facts" in a comment names the function there.
-Not yet compared with a GPU.
+The rules are those of PyTorch 2.13, c10/cuda/CUDACachingAllocator.cpp; not yet compared with a
+GPU.
 
 In a trace's events is everything from the engine's start on: weights as they arrive on the device (the trainer builds
 the model on the CPU, and the engine moves it one tensor at a time, in the same order), start-up and every step, with
@@ -91,7 +91,7 @@ class Allocator:
         return self.pools[stream, small]
 
     def allocate(self, size: int, stream: int = 0) -> Block:
-        """A block of at least `size` bytes; raises OutOfMemoryError (facts: malloc, alloc_found_block)."""
+        """A block of at least `size` bytes; raises OutOfMemoryError (PyTorch: malloc, alloc_found_block)."""
         size = rounded(size, BLOCK_BYTES)
         pool = self.pool(stream, small=size <= SMALL_BYTES)
         block = pool.best_fit(size) or pool.grow(size)
@@ -109,7 +109,7 @@ class Allocator:
         return block
 
     def free(self, block: Block) -> None:
-        """Keeps the block's memory for the next request (facts: free_block)."""
+        """Keeps the block's memory for the next request (PyTorch: free_block)."""
         block.used = False
         self.allocated_bytes -= block.size
         block.pool.keep(block)

@@ -1,7 +1,6 @@
 """The pools of PyTorch's CUDA caching allocator: free blocks, split and merged, in segments that come from the device.
 
-The rules are those of PyTorch 2.13, c10/cuda/CUDACachingAllocator.cpp with the sizes of c10/core/AllocatorConfig.h;
-"facts" in a comment names the function there.
+The rules are those of PyTorch 2.13, c10/cuda/CUDACachingAllocator.cpp with the sizes of c10/core/AllocatorConfig.h.
 """
 
 from bisect import bisect_left, insort
@@ -66,12 +65,12 @@ class Pool:
         self.next_address = 0
 
     def best_fit(self, size: int) -> Block | None:
-        """Takes the smallest free block of at least this size, the lowest of several (facts: get_free_block)."""
+        """Takes the smallest free block of at least this size, the lowest of several (PyTorch: get_free_block)."""
         index = bisect_left(self.cached, (size,))
         return self.cached.pop(index)[2] if index < len(self.cached) else None
 
     def grow(self, size: int) -> Block | None:
-        """A new segment; None when the device has no room for it (facts: get_allocation_size, alloc_block)."""
+        """A new segment; None when the device has no room for it (PyTorch: get_allocation_size, alloc_block)."""
         if self.small:
             segment = SMALL_SEGMENT_BYTES
         elif size < OWN_SEGMENT_BYTES:
@@ -85,17 +84,17 @@ class Pool:
         return Block(self, self.next_address - segment, segment)
 
     def splits(self, rest: int) -> bool:
-        """Whether a block is cut where so much is left over (facts: should_split)."""
+        """Whether a block is cut where so much is left over (PyTorch: should_split)."""
         return rest >= BLOCK_BYTES if self.small else rest > SMALL_BYTES
 
     def release(self) -> None:
-        """Gives back every segment that is free as a whole (facts: release_blocks)."""
+        """Gives back every segment that is free as a whole (PyTorch: release_blocks)."""
         kept = [entry for entry in self.cached if entry[2].before or entry[2].after]
         self.device.reserved_bytes -= sum(entry[0] for entry in self.cached) - sum(entry[0] for entry in kept)
         self.cached = kept
 
     def keep(self, block: Block) -> None:
-        """Puts a block that is free now among the others, one with those beside it (facts: try_merge_blocks)."""
+        """Puts a block that is free now among the others, one with those beside it (PyTorch: try_merge_blocks)."""
         self.merge(block)
         self.insert(block)
 
@@ -124,7 +123,7 @@ class Pool:
 class ExpandablePool(Pool):
     """The same in one segment that grows: only pages in use have memory behind their addresses.
 
-    Each pool has one such segment (facts: find_expandable_block).
+    Each pool has one such segment (PyTorch: find_expandable_block).
     """
 
     def __init__(self, device: Device, *, small: bool) -> None:
@@ -145,7 +144,7 @@ class ExpandablePool(Pool):
     def grow(self, size: int) -> Block | None:
         """Maps pages at the lowest address where free blocks and holes make up the size; None when there are none.
 
-        Pages that were mapped before that stay mapped (facts: try_allocate_expandable_block).
+        Pages that were mapped before that stay mapped (PyTorch: try_allocate_expandable_block).
         """
         block = self._lowest(size)
         if not block.mapped and not self._map(block, min(block.size, size)):
@@ -163,7 +162,7 @@ class ExpandablePool(Pool):
         return rest >= BLOCK_BYTES
 
     def release(self) -> None:
-        """Takes the memory from all pages that are free as a whole (facts: unmap_block)."""
+        """Takes the memory from all pages that are free as a whole (PyTorch: unmap_block)."""
         for size, address, block in list(self.cached):
             first, end = rounded(address, self.page_bytes), (address + size) // self.page_bytes * self.page_bytes
             if first >= end:
@@ -201,7 +200,7 @@ class ExpandablePool(Pool):
         raise AssertionError("the last hole has no end")
 
     def _map(self, hole: Block, size: int) -> bool:
-        """Gives memory to the first pages of a hole, which becomes a free block (facts: map_block)."""
+        """Gives memory to the first pages of a hole, which becomes a free block (PyTorch: map_block)."""
         size = rounded(size, self.page_bytes)
         if not self.device.reserve(size):
             return False

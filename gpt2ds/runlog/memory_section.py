@@ -19,9 +19,9 @@ ABOUT_TENSORS = (
 def memory_section(history: History, plan: dict[str, Any]) -> list[str]:
     """The lines of `## Memory`."""
     cuda = _is_cuda(plan)
-    watched = cuda or any(record.get("tensor_bytes") for record in history.steps)
+    watched = cuda or bool(history.steps and history.steps[-1].get("tensor_bytes"))
     about = ABOUT_CUDA if cuda else ABOUT_TENSORS if watched else ABOUT_RESIDENT
-    if check := _check(history):
+    if watched and (check := _check(history)):
         about += f" Measured in the last {check.steps:,} steps." if check.steps > 1 else " Measured in the last step."
     lines = ["## Memory", "", "![Memory of each rank](memory.png)", "", about, ""]
     rows, device = _rows(history, plan, watched), device_bytes(plan)

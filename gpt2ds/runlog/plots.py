@@ -149,7 +149,8 @@ def _throughput(figure: Figure, history: History, plan: dict[str, Any]) -> None:
 def _memory(figure: Figure, history: History, plan: dict[str, Any]) -> None:
     devices, memory = plan.get("devices", {}), plan.get("memory", {})
     cuda = devices.get("kind") == "cuda"
-    tensors = any(record.get("tensor_bytes") for record in history.steps)
+    # A session that was not watched has the resident size only, and both in one picture would look like a jump.
+    tensors = bool(history.steps) and all(record.get("tensor_bytes") for record in history.steps)
     name, what = ("tensor_bytes", "tensors") if tensors else ("memory_bytes", "peak allocated" if cuda else "resident")
     axes = _axes(figure, "Memory of each rank", f"GiB, {what}")
     recorded = [record for record in history.steps if record.get(name)]

@@ -100,6 +100,7 @@ def train(plan: Plan, recorder_for: Callable[[Plan], Recorder], watch: MemoryWat
             if answer:
                 raise answer from error
             raise
+        run.end_watch()
         run.compare_memory()
         recorder.record("end", run.step, reason=reason, **run.totals())
         stop_ranks()
@@ -279,7 +280,8 @@ class _Run:
             [int(row[column]) for row in rows] for column in (2, 3, 6, 7)
         )
         if self.watch:
-            self.peaks.add(watched, None if reserved is None else reserved_by_rank, outside_by_rank)
+            held = None if reserved is None else reserved_by_rank
+            self.peaks.add(watched, held, outside_by_rank, taken=self.taken)
         seconds = time.monotonic() - start
         self.step_seconds.append(seconds)
         mean_loss = statistics.fmean(row[0] for row in rows)
@@ -309,6 +311,12 @@ class _Run:
             self.recorder.record("incident", self.step, what=f"Step {self.step} was left out: {cause}.")
         received = int(max(row[1] for row in rows))
         return received, rows[0][4], rows[0][5] > 0
+
+    def end_watch(self) -> None:
+        """What the last evaluation and checkpoint took, of every rank."""
+        if self.watch:
+            rows = gather_numbers([self.watch.begin_step()], self.engine.ranks.device)
+            self.peaks.add_outside([int(row[0]) for row in rows])
 
     def compare_memory(self) -> None:
         """Predicted beside measured, for the log; an incident when they differ."""

@@ -47,25 +47,33 @@ class AllocatorWatch(AbstractContextManager["AllocatorWatch"]):
 
 
 class StepPeaks:
-    """Every rank's largest figures over a session's steps from the second on: the first one makes Adam's moments, which
-    need not be there yet when its backward pass peaks."""
+    """Every rank's largest figures over a session's steps after the first that was taken: that one makes Adam's
+    moments, which need not be there yet when its backward pass peaks."""
 
     def __init__(self) -> None:
         self.steps = 0
+        self.steady = False
         self.measured: list[int] = []
         self.reserved: list[int] = []
         self.outside: list[int] = []
 
-    def add(self, measured: list[int], reserved: list[int] | None, outside: list[int]) -> None:
-        """One step's figures, a number for each rank. reserved: None where there is no caching allocator."""
-        self.outside = _larger(self.outside, outside)
-        self.steps += 1
-        if self.steps > 1:
+    def add(self, measured: list[int], reserved: list[int] | None, outside: list[int], *, taken: bool) -> None:
+        """One step's figures, a number for each rank. reserved: None where there is no caching allocator. taken: False
+        when the step was left out, which makes no moments.
+        """
+        self.add_outside(outside)
+        if self.steady:
+            self.steps += 1
             self.measured = _larger(self.measured, measured)
             self.reserved = _larger(self.reserved, reserved or [])
+        self.steady = self.steady or taken
+
+    def add_outside(self, outside: list[int]) -> None:
+        """Peaks between two steps, or after the last."""
+        self.outside = _larger(self.outside, outside)
 
     def check(self, plan: Plan) -> MemoryCheck | None:
-        """The comparison; None without a prediction or before the second step."""
+        """The comparison; None without a prediction or before a steady step."""
         if plan.estimate is None or not self.measured:
             return None
         return MemoryCheck(
@@ -73,7 +81,7 @@ class StepPeaks:
             measured_bytes=self.measured,
             reserved_bytes=self.reserved or None,
             outside_bytes=self.outside,
-            steps=self.steps - 1,
+            steps=self.steps,
         )
 
 

@@ -89,7 +89,7 @@ def _prediction(plan: Plan) -> list[str]:
     if plan.machine.gpus:
         lines.append(
             f"Usable for tensors when the run was planned: {gib(plan.device_bytes)}; torch held "
-            f"{gib(torch.cuda.max_memory_allocated())} at the most and had reserved "
+            f"{gib(torch.cuda.max_memory_allocated())} at the most in this step and had reserved "
             f"{gib(torch.cuda.max_memory_reserved())}."
         )
     return lines

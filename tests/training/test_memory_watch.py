@@ -87,8 +87,15 @@ def test_a_wrong_prediction_is_an_incident_also_of_a_resumed_run_that_fails(watc
     assert "please report this to the maintainers" in log
 
 
-def test_the_first_step_does_not_count_but_what_lies_between_steps_is_kept() -> None:
+def test_steps_count_after_the_first_that_was_taken_and_what_lies_between_them_is_kept() -> None:
     peaks = StepPeaks()
-    for measured, reserved, outside in (([9, 9], [20, 20], [3, 1]), ([5, 6], [7, 8], [2, 2]), ([6, 4], [8, 7], [0, 4])):
-        peaks.add(measured, reserved, outside)
-    assert (peaks.measured, peaks.reserved, peaks.outside) == ([6, 6], [8, 8], [3, 4])
+    steps = (
+        ([8, 8], [20, 20], [0, 0], False),  # fp16 begins with a loss scale that is too high
+        ([9, 9], [20, 20], [3, 1], True),
+        ([5, 6], [7, 8], [2, 2], False),
+        ([6, 4], [8, 7], [0, 4], True),
+    )
+    for measured, reserved, outside, taken in steps:
+        peaks.add(measured, reserved, outside, taken=taken)
+    peaks.add_outside([1, 5])
+    assert (peaks.measured, peaks.reserved, peaks.outside, peaks.steps) == ([6, 6], [8, 8], [3, 5], 2)
