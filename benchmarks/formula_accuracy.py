@@ -34,27 +34,30 @@ def main() -> None:
     arguments = parser.parse_args()
     versions = {package: version(package) for package in ("torch", "deepspeed")}
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"draws": {}}
-    known = [] if arguments.again or results.get("versions") != versions else recorded(results)
+    draws = results["draws"]
     machine = this_machine()
     results |= {
         "what": "peak memory of the last rank by the formula and by a trace of DeepSpeed on meta tensors; no GPU",
         "limits_percent": {kind: 100 * limit for kind, limit in LIMITS.items()},
         "machine": {"cpu": machine.cpu_name, "cores": machine.cores, "gpu": None},
-        "versions": versions,
     }
     for kind in arguments.kind:
+        name = f"{kind}, seed {arguments.seed}"
         cases = draw(arguments.seed, arguments.count or COUNTS[kind], kind)
-        new = [case for case in cases if asdict(case) not in [row["case"] for row in known]]
-        rows = [row for row in known if row["case"] in [asdict(case) for case in cases]]
+        usable = name in draws and not arguments.again and draws[name]["versions"] == versions
+        rows = draws[name]["rows"] if usable else []
+        known = [row["case"] for row in rows]
+        new = [case for case in cases if asdict(case) not in known]
         for case, seen in zip(new, traced(new, processes=arguments.processes), strict=True):
             rows.append({"case": asdict(case), "traced_peak_bytes": seen.peak_bytes, "traced_phase": seen.phase})
             print(f"{kind}: {100 * error(case, seen.peak_bytes):+.3f}%  {case}", flush=True)
-            results["draws"][f"{kind}, seed {arguments.seed}"] = summary(kind, rows)
+            draws[name] = {"versions": versions} | summary(kind, rows)
             RESULTS.write_text(as_text(results), encoding="utf-8")
-        results["draws"][f"{kind}, seed {arguments.seed}"] = summary(kind, rows)
-        RESULTS.write_text(as_text(results), encoding="utf-8")
-    for name, drawn in results["draws"].items():
+    for name, drawn in draws.items():
+        # Also those that were not asked for: the formula may have changed since.
+        drawn |= summary(name.partition(",")[0], drawn["rows"])
         print(f"{name}: {drawn['count']} cases, worst {drawn['worst_percent']}%, mean {drawn['mean_percent']}%")
+    RESULTS.write_text(as_text(results), encoding="utf-8")
 
 
 def recorded(results: dict[str, Any]) -> list[dict[str, Any]]:

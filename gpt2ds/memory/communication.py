@@ -56,14 +56,6 @@ def traffic(
     return Traffic(gradients=int(ring * gradients), weights=int(ring * weights))
 
 
-def bucket_bytes(setting: MemorySetting) -> int:
-    """What ZeRO's gradient buckets take while they exist. ZeRO-1's bf16 optimizer and ZeRO-0 have none."""
-    if setting.zero_stage == 0 or setting.has_bf16_optimizer:
-        return 0
-    each = setting.accumulate_bytes if setting.zero_stage == 1 else setting.dtype_bytes
-    return each * setting.reduce_bucket_elements * (2 if setting.overlap_comm and setting.zero_stage < 3 else 1)
-
-
 def persistent_parameters(model: GPT2Config, threshold: int) -> int:
     """Parameters in tensors of fewer than `threshold` elements, which ZeRO-3 does not divide."""
     d = model.emb_dim

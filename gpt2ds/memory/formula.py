@@ -43,7 +43,7 @@ def predict(setting: MemorySetting) -> Estimate:
     return Estimate(peak_bytes=sum(parts.values()), phase=phase, parts=parts)
 
 
-def _states(setting: MemorySetting) -> Parts:
+def states_of(setting: MemorySetting) -> Parts:
     """What lives through the whole step: weights, master weights, moments, staging buffers."""
     s, P, stage, share = setting.dtype_bytes, setting.model.parameters, setting.zero_stage, _share(setting)
     parts: Parts = {"weights": s * P, "workspace": setting.workspace_bytes}
@@ -65,7 +65,7 @@ def _loss(setting: MemorySetting) -> Parts:
     d, V = model.emb_dim, model.vocab_size
     chunk = min(setting.loss_chunk, N)
     course = gradient_course(setting)
-    return _states(setting) | {
+    return states_of(setting) | {
         "gradients": course.held_before_bytes,
         "reduce buckets": course.bucket_before_bytes,
         "gathered weights": gathered_bytes(setting, model.n_layers),
@@ -107,7 +107,7 @@ def _backward(setting: MemorySetting) -> tuple[str, Parts]:
     below = (moment.block or 0) * kept
     own = min(kept, working_set(moment)) if moment.block is not None else 0
     phase = moment.at if moment.block is None else f"backward of block {moment.block}"
-    return phase, _states(setting) | {
+    return phase, states_of(setting) | {
         "gathered weights": gathered_bytes(setting, moment.block or 0),
         "token ids": TOKEN_ID_BYTES * N,
         "activations": below + own + _first_mask(setting),
@@ -127,7 +127,7 @@ def _step(setting: MemorySetting) -> dict[str, Parts]:
     P, share = setting.model.parameters, _share(setting)
     upcast = 4 if s == 2 and setting.master_bytes == 4 else 0
     course = gradient_course(setting)
-    parts = _states(setting)
+    parts = states_of(setting)
     if stage == 0:
         parts |= {"gradients": s * P, "fp32 gradients for the step": upcast * P}  # unfused_optimizer.py
     elif stage == 3:

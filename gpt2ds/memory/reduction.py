@@ -122,8 +122,7 @@ class Kept:
             self.converted_bytes = 0
             self.added_bytes = s  # kept beside the sums until the backward pass is over
         # ZeRO-1 makes its buckets at the first gradient, long before it needs them (s12:2286).
-        waits = setting.zero_stage == 1 and not bf16_optimizer
-        self.bucket_bytes = _bucket_bytes(setting) if waits else 0
+        self.bucket_bytes = bucket_bytes(setting)
 
     def hand_over(self, gradient: Place) -> int:
         """See Gradients."""
@@ -143,7 +142,7 @@ class Reduction:
         self.s, a, stage = setting.dtype_bytes, setting.accumulate_bytes, setting.zero_stage
         later = setting.accumulation > 1
         self.capacity = setting.reduce_bucket_elements
-        self.bucket_bytes = _bucket_bytes(setting)
+        self.bucket_bytes = bucket_bytes(setting)
         self.gradient_bytes = a if stage == 1 else self.s
         self.sums_in_fp32 = a > self.s
         """Then each tensor of the share is turned to fp32 and added to one flat sum (s12:1268)."""
@@ -217,7 +216,7 @@ class Divided:
     def __init__(self, setting: MemorySetting) -> None:
         self.s, a = setting.dtype_bytes, setting.accumulate_bytes
         self.capacity = setting.reduce_bucket_elements
-        self.bucket_bytes = self.s * self.capacity
+        self.bucket_bytes = bucket_bytes(setting)
         self.converted_bytes = a / setting.ranks if a > self.s else 0
         self.held_bytes = 0 if setting.offload_optimizer else -(-a * setting.model.parameters // setting.ranks)
         self.waiting: list[Place] = []
@@ -253,7 +252,12 @@ def reduces_at_once(setting: MemorySetting) -> bool:
     )
 
 
-def _bucket_bytes(setting: MemorySetting) -> int:
-    """Buckets exist in full, whatever is in them (s12:3266), two of them where exchange and backward overlap."""
-    bytes_each = setting.accumulate_bytes if setting.zero_stage == 1 else setting.dtype_bytes
-    return bytes_each * setting.reduce_bucket_elements * (2 if setting.overlap_comm else 1)
+def bucket_bytes(setting: MemorySetting) -> int:
+    """Buckets exist in full, whatever is in them (s12:3266), two of them where exchange and backward overlap.
+
+    ZeRO-3 has one; without ZeRO and for the bf16 optimizer there is none.
+    """
+    if setting.zero_stage == 0 or setting.has_bf16_optimizer:
+        return 0
+    each = setting.accumulate_bytes if setting.zero_stage == 1 else setting.dtype_bytes
+    return each * setting.reduce_bucket_elements * (2 if setting.overlap_comm and setting.zero_stage < 3 else 1)
