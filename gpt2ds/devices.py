@@ -53,6 +53,9 @@ NCCL_BYTES = 400 * MIB
 # What a card of N GB cannot give to one process's tensors: 24,576 MiB on the box of an RTX 4090, 23,700 MiB to reserve.
 CARD_OVERHEAD_BYTES = (24_576 - 23_700) * MIB
 
+# More than any card will have for long; what is far beyond it overflows.
+LARGEST_CARD_GB = 1_000_000
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GPU:
@@ -145,6 +148,15 @@ def peak_flops(device_name: str, dtype: str) -> float | None:
 def card_bytes(card_gb: float) -> int:
     """What a card sold with so many GB offers to one process's tensors: 23,700 MiB for 24."""
     return int(card_gb * 1024 * MIB) - CARD_OVERHEAD_BYTES
+
+
+def gpu_memory_problem(card_gb: float) -> str | None:
+    """A sentence when a card of so many GB (--gpu-memory) makes no sense, else None."""
+    if not 0 < card_gb <= LARGEST_CARD_GB:
+        return f"--gpu-memory must be above 0 and at most {LARGEST_CARD_GB:,} GB, not {card_gb:g}."
+    if card_bytes(card_gb) <= 0:
+        return f"--gpu-memory {card_gb:g} GB leaves nothing for tensors: take 1 or more."
+    return None
 
 
 def ranks_here(ranks: int) -> int:

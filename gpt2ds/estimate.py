@@ -7,14 +7,15 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from gpt2ds.devices import CONTEXT_BYTES, NCCL_BYTES, Machine, card_bytes
+from gpt2ds.batch_arithmetic import batch_of
+from gpt2ds.devices import CONTEXT_BYTES, NCCL_BYTES, Machine, card_bytes, gpu_memory_problem
 from gpt2ds.ds_profile import DsProfile, load_profile, shipped_profiles
 from gpt2ds.ds_rules import RECOMPUTE_POLICIES, section
 from gpt2ds.errors import UserError
 from gpt2ds.gpt2.config import GPT2Config, find_model, with_context
 from gpt2ds.gpt2.policies import POLICIES, recomputed_flops_per_token
 from gpt2ds.memory.communication import Traffic, traffic
-from gpt2ds.memory.fit import divisors, fastest_that_fits, fits, largest_micro_batch, tensor_bytes
+from gpt2ds.memory.fit import MICRO_BATCH_MOST, fastest_that_fits, fits, largest_micro_batch, tensor_bytes
 from gpt2ds.memory.formula import predict
 from gpt2ds.memory.host import predict_host
 from gpt2ds.memory.setting import CUBLAS_WORKSPACE_BYTES, DTYPE_BYTES, LARGE_CUBLAS_WORKSPACE_BYTES, MemorySetting
@@ -110,10 +111,9 @@ def estimate(options: EstimateOptions, machine: Machine) -> Estimates:
     """
     model, ranks = model_and_ranks(options, machine)
     device, room = card(options, machine, ranks=ranks)
-    names = options.ds or tuple(path.stem for path in shipped_profiles())
     rows = []
-    for profile in map(load_profile, names):
-        setting = _setting(profile, options, own_cards(options, machine), model, ranks, room)
+    for profile in load_profiles(options):
+        setting = _setting(profile, options, machine, model, ranks, room)
         rows.append(row_of(profile, setting, nodes=options.nodes, room=room))
     return Estimates(model=model, device=device, room_bytes=room, rows=tuple(rows))
 
@@ -133,19 +133,30 @@ def model_and_ranks(options: EstimateOptions, machine: Machine) -> tuple[GPT2Con
 
 
 def card(options: EstimateOptions, machine: Machine, *, ranks: int) -> tuple[str, int]:
-    """(the card in words, bytes that torch can reserve on it): the machine's fullest GPU, or the size asked for."""
+    """(the card in words, bytes that torch can reserve on it): the machine's fullest GPU, or the size asked for.
+
+    Raises UserError when nothing is left for tensors.
+    """
+    device, room = _card(options, machine, ranks=ranks)
+    if room <= 0:
+        nccl = f" beside NCCL's {NCCL_BYTES / 2**30:.1f} GiB on several GPUs" if ranks > 1 else ""
+        raise UserError(f"{device} leaves nothing for tensors{nccl}: take a larger --gpu-memory.")
+    return device, room
+
+
+def room_bytes(options: EstimateOptions, machine: Machine, *, ranks: int) -> int:
+    """What torch can reserve on a card; 0 or less where nothing is left."""
+    return _card(options, machine, ranks=ranks)[1]
+
+
+def _card(options: EstimateOptions, machine: Machine, *, ranks: int) -> tuple[str, int]:
     nccl = NCCL_BYTES if ranks > 1 else 0
-    if own_cards(options, machine):
+    if machine.gpus and options.gpu_memory is None:
         fullest = min(machine.gpus, key=lambda gpu: gpu.free_bytes)
         return f"{fullest.name}, what is free on it now", fullest.free_bytes - CONTEXT_BYTES - nccl
     size = options.gpu_memory or ASSUMED_CARD_GB
     words = f"a card of {size:g} GB" + ("" if options.gpu_memory else " (no GPU here)")
     return words, card_bytes(size) - nccl
-
-
-def own_cards(options: EstimateOptions, machine: Machine) -> Machine | None:
-    """The machine, when the estimate is for the GPUs in it."""
-    return machine if machine.gpus and options.gpu_memory is None else None
 
 
 def memory_setting(
@@ -212,58 +223,69 @@ def possible_policies(profile: DsProfile) -> tuple[str, ...]:
     return ("none", "full") if profile.compile else tuple(POLICIES)
 
 
-def asks_for_auto(profile: DsProfile) -> bool:
-    """Whether the micro-batch is left to the program, at a global batch that the profile fixes."""
-    return profile.settings.get("train_micro_batch_size_per_gpu") == "auto"
+def recompute_problem(profile: DsProfile, asked: str | None) -> str | None:
+    """A sentence when the profile's blocks cannot have the policy asked for, else None."""
+    if asked is None or asked in possible_policies(profile):
+        return None
+    return f"--recompute {asked} does not go with compiled blocks: take none or full, or a profile without compile."
 
 
-def check_global_batch(name: str, total: int, ranks: int) -> None:
-    """Raises UserError when so many sequences cannot be divided equally among the ranks; `name` is where they come
-    from.
+def load_profiles(options: EstimateOptions) -> list[DsProfile]:
+    """The profiles asked for, the shipped ones by default. Raises UserError when one cannot have the policy asked
+    for.
     """
-    if total % ranks:
-        near = [size for size in (total // ranks * ranks, (total // ranks + 1) * ranks) if size]
-        raise UserError(
-            f"{name} {total} does not divide by {ranks} ranks; the nearest that do are {' and '.join(map(str, near))}."
-            if len(near) > 1
-            else f"{name} {total} does not divide by {ranks} ranks; the nearest that does is {near[0]}."
-        )
+    profiles = [load_profile(name) for name in options.ds or shipped_profiles()]
+    problems = [
+        f"{profile.name}: {problem}"
+        for profile in profiles
+        if (problem := recompute_problem(profile, options.recompute))
+    ]
+    if problems:
+        raise UserError.from_list(problems)
+    return profiles
+
+
+def setting_of(
+    profile: DsProfile,
+    options: EstimateOptions,
+    machine: Machine,
+    model: GPT2Config,
+    *,
+    ranks: int,
+    micro_batch: int,
+    accumulation: int,
+) -> MemorySetting:
+    """A profile's setting with what was asked for, on GPUs like the machine's, where it has any."""
+    found = memory_setting(
+        TrainOptions(recompute=options.recompute, context=options.context),
+        profile,
+        model,
+        ranks=ranks,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        machine=machine if machine.gpus else None,
+    )
+    return replace(found, loss_chunk=options.loss_chunk or found.loss_chunk)
 
 
 def _setting(
-    profile: DsProfile, options: EstimateOptions, machine: Machine | None, model: GPT2Config, ranks: int, room: int
+    profile: DsProfile, options: EstimateOptions, machine: Machine, model: GPT2Config, ranks: int, room: int
 ) -> MemorySetting:
     """The setting that a profile's row is about."""
-    asked = TrainOptions(recompute=options.recompute, context=options.context)
-
-    def of(micro_batch: int, accumulation: int) -> MemorySetting:
-        found = memory_setting(
-            asked,
-            profile,
-            model,
-            ranks=ranks,
-            micro_batch=micro_batch,
-            accumulation=accumulation,
-            machine=machine,
-        )
-        return replace(found, loss_chunk=options.loss_chunk or found.loss_chunk)
-
-    micro_batch, accumulation = options.micro_batch or profile.micro_batch, options.accumulation or profile.accumulation
-    total = options.global_batch or profile.global_batch
-    if total is None or (micro_batch and options.accumulation):
-        assert micro_batch is not None, "a profile without a micro-batch has a global batch"
-        return of(micro_batch, accumulation or 1)
-    check_global_batch("--global-batch" if options.global_batch else f"{profile.name}: train_batch_size", total, ranks)
-    per_rank = total // ranks
-    if asks_for_auto(profile) and not (options.micro_batch or options.accumulation):
-        auto = fastest_that_fits(of(1, per_rank), room, policies=policies_of(profile, options.recompute))
-        return auto or of(1, per_rank)
+    micro_batch, accumulation = batch_of(
+        profile,
+        ranks,
+        micro_batch=options.micro_batch,
+        accumulation=options.accumulation,
+        global_batch=options.global_batch,
+        rounded=not options.ds,
+    )
+    start = setting_of(
+        profile, options, machine, model, ranks=ranks, micro_batch=micro_batch or 1, accumulation=accumulation
+    )
     if micro_batch is None:
-        micro_batch = per_rank // accumulation if accumulation and per_rank % accumulation == 0 else 1
-    if per_rank % micro_batch:
-        # Never another global batch: the largest micro-batch below that divides it.
-        micro_batch = max(size for size in divisors(per_rank) if size <= micro_batch)
-    return of(micro_batch, per_rank // micro_batch)
+        return fastest_that_fits(start, room, policies=policies_of(profile, options.recompute)) or start
+    return start
 
 
 def row_of(profile: DsProfile, setting: MemorySetting, *, nodes: int, room: int) -> Row:
@@ -287,7 +309,7 @@ def row_of(profile: DsProfile, setting: MemorySetting, *, nodes: int, room: int)
         parts=predicted.parts,
         fits=fits(predicted, room),
         margin_bytes=tensor_bytes(room) - predicted.peak_bytes,
-        largest_micro_batch=largest_micro_batch(setting, room),
+        largest_micro_batch=largest_micro_batch(setting, room, most=max(MICRO_BATCH_MOST, setting.micro_batch)),
         host_bytes=sum(host.values()),
         host_parts=host,
         traffic=traffic(setting, gradient_bytes=gradient_bytes(profile)),
@@ -310,13 +332,11 @@ def gradient_bytes(profile: DsProfile) -> int | None:
 def _check(options: EstimateOptions) -> None:
     problems = [
         f"--{name.replace('_', '-')} must be above 0, not {value}."
-        for name in (
-            *("gpus", "nodes", "gpu_memory", "micro_batch", "accumulation", "context", "loss_chunk", "global_batch"),
-        )
+        for name in (*("gpus", "nodes", "micro_batch", "accumulation", "context", "loss_chunk", "global_batch"),)
         if (value := getattr(options, name)) is not None and not value > 0
     ]
-    if options.gpu_memory and options.gpu_memory > 0 and card_bytes(options.gpu_memory) <= 0:
-        problems.append(f"--gpu-memory {options.gpu_memory:g} GB leaves nothing for tensors: take 1 or more.")
+    if options.gpu_memory is not None and (problem := gpu_memory_problem(options.gpu_memory)):
+        problems.append(problem)
     if options.recompute not in (None, *RECOMPUTE_POLICIES):
         problems.append(f"--recompute {options.recompute}: it is one of {', '.join(RECOMPUTE_POLICIES)}.")
     if options.gpus and options.gpus % options.nodes:

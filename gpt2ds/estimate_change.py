@@ -6,13 +6,12 @@ from dataclasses import replace
 from gpt2ds.devices import Machine
 from gpt2ds.ds_profile import DsProfile, load_profile
 from gpt2ds.errors import UserError
-from gpt2ds.estimate import EstimateOptions, Estimates, Row, card, memory_setting, possible_policies
+from gpt2ds.estimate import EstimateOptions, Estimates, Row, possible_policies, room_bytes, setting_of
 from gpt2ds.gpt2.config import MODELS, with_context
 from gpt2ds.gpt2.policies import recomputed_flops_per_token
 from gpt2ds.memory.fit import divisors, fits
 from gpt2ds.memory.formula import predict
 from gpt2ds.memory.setting import MemorySetting
-from gpt2ds.options import TrainOptions
 
 # The sizes in which cards are sold, in GB.
 CARD_SIZES_GB = (8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 141, 192)
@@ -42,36 +41,47 @@ def changes_needed(estimates: Estimates, options: EstimateOptions, machine: Mach
 
 def stop_if_hopeless(estimates: Estimates, changes: Sequence[str | None]) -> None:
     """Raises UserError when no row fits even at micro-batch 1, with the smallest change for each."""
-    rows = estimates.rows
-    if not any(row.fits or row.largest_micro_batch for row in rows):
-        problems = [f"{row.profile} does not fit: {change}" for row, change in zip(rows, changes, strict=True)]
-        raise UserError.from_list(problems)
+    if is_hopeless(estimates):
+        pairs = zip(estimates.rows, changes, strict=True)
+        raise UserError.from_list([f"{row.profile} does not fit: {change}" for row, change in pairs])
 
 
-def smallest_change(profile: DsProfile, setting: MemorySetting, options: EstimateOptions, machine: Machine) -> str:
-    """The first change that makes the setting fit, in the order in which they hurt."""
-    for words, changed, own in _changes(profile, setting, options):
-        if fits(predict(changed), card(own, machine, ranks=changed.ranks)[1]):
-            return words
-    return "a smaller model (--models-file takes sizes of your own)"
+def is_hopeless(estimates: Estimates) -> bool:
+    """Whether no row fits even at micro-batch 1."""
+    return not any(row.fits or row.largest_micro_batch for row in estimates.rows)
+
+
+def smallest_change(
+    profile: DsProfile, setting: MemorySetting, options: EstimateOptions, machine: Machine
+) -> tuple[str, MemorySetting | None]:
+    """The first change that makes the setting fit, in the order in which they hurt, and the setting that it makes; None
+    where no such change is known.
+    """
+    for words, changed, own in _changes(profile, setting, options, machine):
+        if fits(predict(changed), room_bytes(own, machine, ranks=changed.ranks)):
+            return words, changed
+    return "a smaller model (--models-file takes sizes of your own)", None
 
 
 def _change_of(row: Row, room: int, options: EstimateOptions, machine: Machine) -> str:
+    per_rank = row.micro_batch * row.accumulation
     lacking = f"{-row.margin_bytes / 2**30:.1f} GiB are missing at micro-batch {row.micro_batch}"
     if not row.largest_micro_batch:
-        change = smallest_change(row.source, replace(row.setting, micro_batch=1), options, machine)
-        return f"not even micro-batch 1 fits. The smallest change that does: {change}."
-    per_rank = row.micro_batch * row.accumulation
+        # What it was checked at is part of the answer: at the profile's own micro-batch it may not fit.
+        one = replace(row.setting, micro_batch=1, accumulation=per_rank)
+        change, changed = smallest_change(row.source, one, options, machine)
+        batch = f", with --micro-batch 1 --accumulation {changed.accumulation}" if changed else ""
+        return f"not even micro-batch 1 fits. The smallest change that does: {change}{batch}."
     for size in reversed(divisors(per_rank)):
         # Where nothing was accumulated before, sums of gradients come with the smaller micro-batch.
-        changed = replace(row.setting, micro_batch=size, accumulation=per_rank // size)
-        if size <= row.largest_micro_batch and fits(predict(changed), room):
+        smaller = replace(row.setting, micro_batch=size, accumulation=per_rank // size)
+        if size <= row.largest_micro_batch and fits(predict(smaller), room):
             change = f"--micro-batch {size} --accumulation {per_rank // size}"
             break
     else:
         change = f"--micro-batch {row.largest_micro_batch} and a smaller global batch"
-    for policy, changed in _more_recompute(row.source, row.setting):
-        if fits(predict(changed), room):
+    for policy, more in _more_recompute(row.source, row.setting):
+        if fits(predict(more), room):
             change += f", or --recompute {policy} as it is"
             break
     return f"{lacking}; it fits with {change}."
@@ -87,7 +97,9 @@ def _more_recompute(profile: DsProfile, setting: MemorySetting) -> list[tuple[st
     return [(policy, replace(setting, recompute=policy)) for policy in more]
 
 
-def _changes(profile: DsProfile, setting: MemorySetting, options: EstimateOptions) -> Iterator[Change]:
+def _changes(
+    profile: DsProfile, setting: MemorySetting, options: EstimateOptions, machine: Machine
+) -> Iterator[Change]:
     more = _more_recompute(profile, setting)
     for policy, changed in more:
         yield f"--recompute {policy}", changed, options
@@ -105,12 +117,12 @@ def _changes(profile: DsProfile, setting: MemorySetting, options: EstimateOption
             yield f'{prefix}"reduce_bucket_size": {SMALLER_BUCKET_ELEMENTS} in the profile', least, options
     for name in OTHER_PROFILES[profile.dtype]:
         if name != profile.name:
-            yield from _as_profile(name, setting, options)
+            yield from _as_profile(name, setting, options, machine)
     # Halving the accumulation for twice the ranks keeps the global batch; more than a thousand are not on sale.
     ranks = 2 * setting.ranks
-    while ranks <= GPUS_MOST:
+    while ranks <= GPUS_MOST and setting.accumulation * setting.ranks % ranks == 0:
         for changed, how in [(setting, ""), *[(one, f" with --recompute {policy}") for policy, one in more[-1:]]]:
-            accumulation = max(1, setting.accumulation * setting.ranks // ranks)
+            accumulation = setting.accumulation * setting.ranks // ranks
             grown = replace(changed, ranks=ranks, accumulation=accumulation)
             yield f"--gpus {ranks}{how}", grown, replace(options, gpus=ranks)
         ranks *= 2
@@ -124,12 +136,13 @@ def _changes(profile: DsProfile, setting: MemorySetting, options: EstimateOption
             yield f"--model {model.name}", smaller, options
 
 
-def _as_profile(name: str, setting: MemorySetting, options: EstimateOptions) -> Iterator[Change]:
+def _as_profile(name: str, setting: MemorySetting, options: EstimateOptions, machine: Machine) -> Iterator[Change]:
     """The same batch under another shipped profile: as it is, and with the most recompute."""
     profile = load_profile(name)
-    changed = memory_setting(
-        TrainOptions(recompute=options.recompute, context=options.context),
+    changed = setting_of(
         profile,
+        options,
+        machine,
         setting.model,
         ranks=setting.ranks,
         micro_batch=setting.micro_batch,

@@ -4,25 +4,26 @@ One search (`memory.fit`) serves this, `"train_micro_batch_size_per_gpu": "auto"
 """
 
 import json
+import math
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gpt2ds.batch_arithmetic import check_global_batch, divided
 from gpt2ds.devices import Machine
-from gpt2ds.ds_profile import DsProfile, load_profile, shipped_profiles
+from gpt2ds.ds_profile import DsProfile, shipped_profiles
 from gpt2ds.errors import UserError
 from gpt2ds.estimate import (
     EstimateOptions,
     Estimates,
     Row,
     card,
-    check_global_batch,
-    memory_setting,
+    load_profiles,
     model_and_ranks,
-    own_cards,
     possible_policies,
     row_of,
+    setting_of,
 )
 from gpt2ds.estimate_change import smallest_change
 from gpt2ds.files import write_atomically
@@ -35,6 +36,10 @@ from gpt2ds.requirements import host_memory_problem, missing_requirements
 
 # About what GPT-3 took for models of this size, and what every shipped profile that is named for a model takes.
 TOKENS_PER_STEP = 2**19
+
+
+class NothingFitsError(UserError):
+    """No plan fits; the message says what would."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,19 +71,20 @@ class Fit:
 def find_fit(options: EstimateOptions, machine: Machine) -> Fit:
     """Every profile at its fastest setting that fits, ranked by `memory.fit.slowness`.
 
-    Raises UserError with every mistake in the options; and when nothing fits, with the smallest change that would make
-    it fit.
+    Raises UserError with every mistake in the options; NothingFitsError with the smallest change that would make a plan
+    fit, when none does.
     """
     model, ranks = model_and_ranks(options, machine)
     device, room = card(options, machine, ranks=ranks)
     # What the machine lacks counts only where the plan is for this machine.
-    here = machine if machine.gpus and options.gpus is options.gpu_memory is None and options.nodes == 1 else None
+    own_machine = options.gpus is None and options.gpu_memory is None and options.nodes == 1
+    here = machine if machine.gpus and own_machine else None
     candidates = _candidates(options, here)
     total, whence = _global_batch(options, candidates, model, ranks)
     found: list[Row] = []
     left_out: list[str] = []
     for profile in candidates:
-        start = _start(profile, options, own_cards(options, machine), model, ranks, total)
+        start = _start(profile, options, machine, model, ranks, total)
         policies = (options.recompute,) if options.recompute else possible_policies(profile)
         search = fastest_that_fits if _is_free(options) else _fastest_policy
         setting = search(start, room, policies=policies)
@@ -90,7 +96,7 @@ def find_fit(options: EstimateOptions, machine: Machine) -> Fit:
         else:
             found.append(row)
     if not found:
-        raise UserError.from_list(left_out or [_nothing_fits(options, machine, candidates, model, ranks, total)])
+        raise NothingFitsError.from_list(left_out or [_nothing_fits(options, machine, candidates, model, ranks, total)])
     found.sort(key=lambda row: (*slowness(row.setting), _strangeness(row)))
     return Fit(
         estimates=Estimates(model=model, device=device, room_bytes=room, rows=tuple(_without_twins(found))),
@@ -122,14 +128,19 @@ def write_profile(plan: Row, path: Path) -> None:
     """Writes the plan as a DeepSpeed profile, complete, in plain JSON. Raises UserError when the file exists already or
     cannot be written.
     """
-    if path.exists():
-        raise UserError(f"{path} exists already: give --write another name, or remove the file.")
-    if path.suffix != ".json":
-        raise UserError(f"--write {path}: a profile's name ends in .json.")
+    check_new_profile(path)
     try:
         write_atomically(path, (json.dumps(as_profile(plan), indent=2) + "\n").encode())
     except OSError as error:
         raise UserError(f"--write {path}: cannot be written: {error.strerror}.") from error
+
+
+def check_new_profile(path: Path) -> None:
+    """Raises UserError when a profile cannot be written under this name."""
+    if path.exists():
+        raise UserError(f"{path} exists already: give --write another name, or remove the file.")
+    if path.suffix != ".json":
+        raise UserError(f"--write {path}: a profile's name ends in .json.")
 
 
 def as_profile(plan: Row) -> dict[str, Any]:
@@ -163,13 +174,19 @@ _REPLACED = (
 )
 
 
+_WORDS = ("description", "use_when", "risk")
+
+
 def _candidates(options: EstimateOptions, here: Machine | None) -> list[DsProfile]:
     """Those asked for; else the shipped ones that train like fp32 states in bf16, or in fp16 where cards lack bf16."""
     if options.ds:
-        return [load_profile(name) for name in options.ds]
+        return load_profiles(options)
     old = any((gpu.compute_capability or (8, 0)) < (8, 0) for gpu in (here.gpus if here else ()))
-    every = [load_profile(path) for path in shipped_profiles()]
-    return [profile for profile in every if not profile.risk and profile.dtype == ("fp16" if old else "bf16")]
+    return [
+        profile
+        for profile in load_profiles(options)
+        if not profile.risk and profile.dtype == ("fp16" if old else "bf16")
+    ]
 
 
 def _global_batch(
@@ -177,14 +194,9 @@ def _global_batch(
 ) -> tuple[int, str]:
     """(sequences per optimizer step, where the number comes from)."""
     pinned = (options.micro_batch or 0) * (options.accumulation or 0) * ranks
+    name = "The global batch of"
     if options.global_batch:
-        check_global_batch("--global-batch", options.global_batch, ranks)
-        if pinned and pinned != options.global_batch:
-            raise UserError(
-                f"--micro-batch {options.micro_batch} x --accumulation {options.accumulation} x {ranks} ranks is not "
-                f"--global-batch {options.global_batch}: leave one of the three out."
-            )
-        total, whence = options.global_batch, "asked for"
+        total, whence, name = options.global_batch, "asked for", "--global-batch"
     elif pinned:
         total, whence = pinned, "asked for"
     else:
@@ -193,40 +205,31 @@ def _global_batch(
             for one in (candidates if options.ds else [])
         }
         if len(own) == 1:
-            total, whence = own.pop(), "the profile's own"
-            check_global_batch("The profile's train_batch_size", total, ranks)
+            total, whence, name = own.pop(), "the profile's own", "The profile's train_batch_size"
         else:
-            total = max(1, round(TOKENS_PER_STEP / model.context_length / ranks)) * ranks
+            # A power of two has the most divisors, and every one of them is a micro-batch.
+            total = 2 ** max(0, round(math.log2(TOKENS_PER_STEP / model.context_length / ranks))) * ranks
             whence = f"{total * model.context_length / 1e6:.2f}M tokens; --global-batch takes another"
-    for name, value in (("--micro-batch", options.micro_batch), ("--accumulation", options.accumulation)):
-        if value and (total // ranks) % value:
-            raise UserError(
-                f"{name} {value} does not divide the {total // ranks} sequences of each rank in a global batch of "
-                f"{total}: give a divisor of it, or another --global-batch."
-            )
+    if _is_free(options):
+        check_global_batch(name, total, ranks)
+    else:
+        divided(name, total, ranks, options.micro_batch, options.accumulation)
     return total, whence
 
 
 def _start(
-    profile: DsProfile, options: EstimateOptions, machine: Machine | None, model: GPT2Config, ranks: int, total: int
+    profile: DsProfile, options: EstimateOptions, machine: Machine, model: GPT2Config, ranks: int, total: int
 ) -> MemorySetting:
     """The setting whose micro-batch, accumulation and policy the search varies."""
     per_rank = total // ranks
     micro_batch = options.micro_batch or (per_rank // options.accumulation if options.accumulation else 1)
-    setting = memory_setting(
-        TrainOptions(context=options.context),
-        profile,
-        model,
-        ranks=ranks,
-        micro_batch=micro_batch,
-        accumulation=per_rank // micro_batch,
-        machine=machine,
+    return setting_of(
+        profile, options, machine, model, ranks=ranks, micro_batch=micro_batch, accumulation=per_rank // micro_batch
     )
-    return replace(setting, loss_chunk=options.loss_chunk or setting.loss_chunk)
 
 
 def _is_free(options: EstimateOptions) -> bool:
-    return options.micro_batch is options.accumulation is None
+    return options.micro_batch is None and options.accumulation is None
 
 
 def _fastest_policy(setting: MemorySetting, room: int, *, policies: tuple[str, ...]) -> MemorySetting | None:
@@ -252,12 +255,19 @@ def _strangeness(plan: Row) -> tuple[bool, bool, bool, str]:
 
 
 def _without_twins(plans: list[Row]) -> list[Row]:
-    """Profiles that come to the same setting once."""
+    """Profiles that come to the same setting and to the same training once."""
     kept: list[Row] = []
     for plan in plans:
-        if all(plan.setting != other.setting for other in kept):
+        if all(plan.setting != other.setting or _training(plan) != _training(other) for other in kept):
             kept.append(plan)
     return kept
+
+
+def _training(plan: Row) -> dict[str, Any]:
+    """The plan as a profile, without words."""
+    profile = as_profile(plan)
+    profile["gpt2ds"] = {name: value for name, value in profile["gpt2ds"].items() if name not in _WORDS}
+    return profile
 
 
 def _nothing_fits(
@@ -269,14 +279,13 @@ def _nothing_fits(
     total: int,
 ) -> str:
     """What would have to change for the candidate that is nearest to fitting."""
-    cards = own_cards(options, machine)
-    settings = [_start(profile, options, cards, model, ranks, total) for profile in candidates]
+    settings = [_start(profile, options, machine, model, ranks, total) for profile in candidates]
     smallest = [replace(one, recompute=options.recompute or "full") for one in settings]
     nearest = min(range(len(candidates)), key=lambda index: predict(smallest[index]).peak_bytes)
     room = card(options, machine, ranks=ranks)[1]
     peak = predict(smallest[nearest]).peak_bytes
     lacking = (peak - tensor_bytes(room)) / 2**30
-    change = smallest_change(candidates[nearest], smallest[nearest], options, machine)
+    change, _ = smallest_change(candidates[nearest], smallest[nearest], options, machine)
     return (
         f"No plan for {model.name} fits: at micro-batch {smallest[nearest].micro_batch} {lacking:.2f} GiB are missing "
         f"at the least, with {candidates[nearest].name}. The smallest change that fits: {change}."

@@ -6,6 +6,7 @@ stand in one error.
 
 import difflib
 import fcntl
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -13,14 +14,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from gpt2ds.batch_arithmetic import batch_of
 from gpt2ds.corpus.shards import Corpus, check_ids, open_corpus
-from gpt2ds.devices import CONTEXT_BYTES, NCCL_BYTES, Machine, card_bytes, processes_on_gpu, ranks_here, this_machine
+from gpt2ds.devices import (
+    CONTEXT_BYTES,
+    NCCL_BYTES,
+    Machine,
+    card_bytes,
+    gpu_memory_problem,
+    processes_on_gpu,
+    ranks_here,
+    this_machine,
+)
 from gpt2ds.ds_profile import DsProfile, load_profile
 from gpt2ds.ds_rules import RECOMPUTE_POLICIES
 from gpt2ds.errors import UserError
-from gpt2ds.estimate import LOSS_CHUNK, asks_for_auto, check_global_batch, memory_setting, policies_of
+from gpt2ds.estimate import LOSS_CHUNK, memory_setting, policies_of, recompute_problem
 from gpt2ds.gpt2.config import MODELS, GPT2Config, find_model, with_context
-from gpt2ds.memory.fit import divisors, fastest_that_fits, fits, largest_micro_batch, largest_model
+from gpt2ds.memory.fit import fastest_that_fits, fits, largest_micro_batch, largest_model
 from gpt2ds.memory.formula import Estimate, predict
 from gpt2ds.memory.host import predict_host
 from gpt2ds.memory.setting import DTYPE_BYTES, MemorySetting
@@ -133,16 +144,15 @@ class _Planner:
     def check_ranges(self) -> None:
         """Values of single options that make no sense."""
         for name in (
-            *("micro_batch", "accumulation", "context", "steps", "tokens", "hours", "lr", "gpu_memory", "keep"),
+            *("micro_batch", "accumulation", "context", "steps", "tokens", "hours", "lr", "keep"),
             *("evaluate_every", "evaluation_windows", "evaluation_micro_batch", "save_every", "save_minutes"),
         ):
             value = getattr(self.options, name)
-            if value is not None and not value > 0:
-                self.problems.append(f"--{name.replace('_', '-')} must be above 0, not {value}.")
-        if self.options.gpu_memory and card_bytes(self.options.gpu_memory) <= 0 < self.options.gpu_memory:
-            self.problems.append(
-                f"--gpu-memory {self.options.gpu_memory:g} GB leaves nothing for tensors: take 1 or more."
-            )
+            if value is not None and not 0 < value < math.inf:
+                self.problems.append(f"--{name.replace('_', '-')} must be above 0 and finite, not {value}.")
+        size = self.options.gpu_memory
+        if size is not None and (problem := gpu_memory_problem(size)):
+            self.problems.append(problem)
         if (self.options.warmup_steps or 0) < 0:
             self.problems.append(f"--warmup-steps must be 0 or more, not {self.options.warmup_steps}.")
         if sum(getattr(self.options, name) is not None for name in ("steps", "tokens", "hours")) > 1:
@@ -160,11 +170,8 @@ class _Planner:
         """Whether this machine has what the profile needs."""
         recompute = self.options.recompute or profile.recompute
         self.problems += missing_requirements(profile, recompute, self.machine, self.ranks_here)
-        if profile.compile and self.options.recompute not in (None, "none", "full"):
-            self.problems.append(
-                f"--recompute {recompute} does not go with compiled blocks: take none or full, or a profile without "
-                "compile."
-            )
+        if problem := recompute_problem(profile, self.options.recompute):
+            self.problems.append(problem)
 
     def check_host_memory(self, model: GPT2Config, micro_batch: int, accumulation: int) -> None:
         """Whether the host can build the model and hold what is offloaded to it; on a CPU, all of the training."""
@@ -255,32 +262,10 @@ class _Planner:
 
     def batch(self, model: GPT2Config) -> tuple[int, int]:
         """(micro_batch, accumulation). A global batch that the profile fixes never changes."""
-        options, profile, ranks = self.options, self.profile, self.ranks
-        micro_batch = options.micro_batch or profile.micro_batch
-        accumulation = options.accumulation or profile.accumulation
-        total = None if options.micro_batch and options.accumulation else profile.global_batch
-        if total is None:
-            if micro_batch is None:
-                raise UserError(
-                    f"{profile.name} names neither train_micro_batch_size_per_gpu nor train_batch_size: "
-                    "add one, or give --micro-batch."
-                )
-            return micro_batch, accumulation or 1
-        check_global_batch("train_batch_size", total, ranks)
-        per_rank = total // ranks
-        if asks_for_auto(profile) and not (options.micro_batch or options.accumulation):
-            return self.auto_batch(model, per_rank)
-        if micro_batch is None:
-            micro_batch = max(1, per_rank // (accumulation or 1))
-        sizes = divisors(per_rank)
-        if per_rank % micro_batch or (accumulation and micro_batch * accumulation != per_rank):
-            near = sorted(sorted(sizes, key=lambda size: abs(size - micro_batch))[:2])
-            raise UserError(
-                f"train_batch_size {total} is not micro-batch {micro_batch} x accumulation {accumulation or '?'} x "
-                f"{ranks} ranks; the nearest micro-batches are {', '.join(map(str, near))} "
-                f"with accumulation {', '.join(str(per_rank // size) for size in near)}."
-            )
-        return micro_batch, per_rank // micro_batch
+        micro_batch, accumulation = batch_of(
+            self.profile, self.ranks, micro_batch=self.options.micro_batch, accumulation=self.options.accumulation
+        )
+        return self.auto_batch(model, accumulation) if micro_batch is None else (micro_batch, accumulation)
 
     def auto_batch(self, model: GPT2Config, per_rank: int) -> tuple[int, int]:
         """(micro_batch, accumulation) that should be fastest of those predicted to fit; with them the recompute policy,

@@ -14,6 +14,7 @@ from gpt2ds.devices import CONTEXT_BYTES, GPU, MIB, NCCL_BYTES, Machine, card_by
 from gpt2ds.ds_profile import shipped_profiles
 from gpt2ds.errors import UserError
 from gpt2ds.estimate import EstimateOptions, estimate
+from gpt2ds.estimate_fit import find_fit
 from gpt2ds.estimate_plot import write_plot
 from gpt2ds.options import TrainOptions
 from gpt2ds.planning import resolve
@@ -114,8 +115,81 @@ def test_a_size_of_ones_own_and_a_profile_that_names_only_its_global_batch(tmp_p
     options = EstimateOptions(ds=(str(tmp_path / "own.json"),), gpus=5)
     with pytest.raises(UserError, match="train_batch_size 24 does not divide by 5 ranks"):
         estimate(options, CPU)
-    row = estimate(replace(options, gpus=2, global_batch=64, micro_batch=6), CPU).rows[0]
-    assert (row.micro_batch, row.accumulation) == (4, 8)  # 6 does not divide 32: never another global batch
+    with pytest.raises(UserError, match="--global-batch 64 is not micro-batch 6 x 2 ranks; .* 4, 8"):
+        estimate(replace(options, gpus=2, global_batch=64, micro_batch=6), CPU)
+
+
+@pytest.mark.parametrize("asked", [{"micro_batch": 7}, {"accumulation": 5}, {"micro_batch": 8}, {"accumulation": 64}])
+def test_the_estimate_and_the_trainer_agree_on_the_batch(
+    asked: dict[str, int], tmp_path: Path, wide_corpus: Path
+) -> None:
+    profile = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}, "train_batch_size": 512}
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps(profile), encoding="utf-8")
+
+    def trained() -> tuple[int, int]:
+        options = TrainOptions(ds=str(path), model="gpt2_tiny", data=wide_corpus, out=tmp_path / "logs", **asked)
+        plan = resolve(options, ranks=1, machine=CPU, only_measured=True)
+        return plan.micro_batch, plan.accumulation
+
+    def estimated() -> tuple[int, int]:
+        (row,) = estimate(EstimateOptions(ds=(str(path),), **asked), CPU).rows
+        return row.micro_batch, row.accumulation
+
+    if 512 % next(iter(asked.values())):
+        for answer in (trained, estimated):
+            with pytest.raises(UserError, match="own: train_batch_size 512 is not"):
+                answer()
+    else:
+        assert trained() == estimated() and estimated()[0] * estimated()[1] == 512
+
+
+def test_a_global_batch_that_is_asked_for_never_changes() -> None:
+    def batches(**asked: Any) -> set[tuple[int, int]]:
+        rows = estimate(EstimateOptions(**asked), CPU).rows
+        assert {row.global_batch for row in rows} == {asked["global_batch"]}
+        return {(row.micro_batch, row.accumulation) for row in rows}
+
+    assert batches(ds=("zero2",), global_batch=512, accumulation=512) == {(1, 512)}
+    assert (4, 128) in batches(global_batch=512)  # of a micro-batch of 6, in a profile that nobody named
+    for wrong in (
+        {"global_batch": 7, "accumulation": 2},
+        {"global_batch": 512, "micro_batch": 3, "accumulation": 7},
+        {"global_batch": 512, "ds": ("zero2",)},
+    ):
+        with pytest.raises(UserError, match="--global-batch .* is not"):
+            batches(**wrong)
+
+
+def test_a_policy_that_compiled_blocks_cannot_have_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "compiled.json"
+    path.write_text(json.dumps({"gpt2ds": {"compile": True}, "train_micro_batch_size_per_gpu": 1}), encoding="utf-8")
+    for answer in (estimate, find_fit):
+        with pytest.raises(UserError, match="--recompute narrow does not go with compiled blocks"):
+            answer(EstimateOptions(ds=(str(path),), recompute="narrow"), CPU)
+
+
+@pytest.mark.parametrize("size", [float("inf"), float("nan"), 1e300, -1, 0.5])
+def test_a_card_that_makes_no_sense_is_a_mistake(size: float, tmp_path: Path, wide_corpus: Path) -> None:
+    with pytest.raises(UserError, match="--gpu-memory"):
+        estimate(EstimateOptions(gpu_memory=size), CPU)
+    with pytest.raises(UserError, match="--gpu-memory"):
+        resolve(TrainOptions(gpu_memory=size, data=wide_corpus, out=tmp_path), ranks=1, machine=CPU)
+
+
+def test_what_nccl_leaves_may_be_nothing() -> None:
+    assert estimate(EstimateOptions(ds=("zero2",), gpu_memory=1), CPU).room_bytes > 0
+    with pytest.raises(UserError, match="nothing for tensors beside NCCL"):
+        estimate(EstimateOptions(ds=("zero2",), gpu_memory=1, gpus=2), CPU)
+
+
+def test_another_size_of_the_same_gpu_has_its_workspace() -> None:
+    hopper = replace(CPU, gpus=(replace(RTX_4090, compute_capability=(9, 0)),))
+    own, smaller, usual = (
+        estimate(EstimateOptions(ds=("zero2",), gpu_memory=size), machine).rows[0].setting.workspace_bytes
+        for size, machine in ((None, hopper), (16, hopper), (16, CPU))
+    )
+    assert own == smaller > usual
 
 
 def test_on_several_gpus_it_says_what_each_holds_and_sends(tmp_path: Path) -> None:

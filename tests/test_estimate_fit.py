@@ -99,12 +99,17 @@ def test_the_global_batch_is_asked_for_the_profiles_own_or_half_a_million_tokens
     assert find_fit(EstimateOptions(ds=("zero2", "zero3")), CPU).global_batch == 512
     assert find_fit(EstimateOptions(model="gpt2_small", context=512), CPU).global_batch == 1024
     assert find_fit(EstimateOptions(micro_batch=4, accumulation=5, gpus=2), CPU).global_batch == 40
-    assert find_fit(EstimateOptions(gpus=3), CPU).global_batch % 3 == 0
+    # What the program chooses has divisors, whatever the context and the GPUs.
+    for gpus, context in ((3, 1024), (7, 1024), (1, 500)):
+        per_rank = find_fit(EstimateOptions(gpus=gpus, context=context), CPU).global_batch / gpus
+        assert per_rank in (64, 128, 1024)
+    with pytest.raises(UserError, match="--global-batch 7 is not accumulation 2"):
+        find_fit(EstimateOptions(global_batch=7, accumulation=2), CPU)
     with pytest.raises(UserError, match="--global-batch 25 does not divide by 2 ranks; .* 24 and 26"):
         find_fit(EstimateOptions(gpus=2, global_batch=25), CPU)
-    with pytest.raises(UserError, match="--micro-batch 5 does not divide"):
+    with pytest.raises(UserError, match="The global batch of 512 is not micro-batch 5 x 1 rank; "):
         find_fit(EstimateOptions(micro_batch=5), CPU)
-    with pytest.raises(UserError, match="leave one of the three out"):
+    with pytest.raises(UserError, match="--global-batch 20 is not micro-batch 5 x accumulation 2"):
         find_fit(EstimateOptions(micro_batch=5, accumulation=2, global_batch=20), CPU)
 
 
@@ -176,6 +181,17 @@ def test_a_plan_for_this_machine_needs_what_this_machine_has() -> None:
         find_fit(EstimateOptions(model="gpt2_xl"), machine)
     # On paper, for another machine, it is only said.
     assert find_fit(EstimateOptions(model="gpt2_xl", gpus=1, gpu_memory=24), machine).best.host_bytes > 8 * 2**30
+
+
+def test_fp32_comes_after_16_bits_and_twins_are_the_same_training(tmp_path: Path) -> None:
+    asked = EstimateOptions(model="gpt2_small", ds=("fp32_baseline", "zero2"), global_batch=512)
+    assert [row.profile for row in find_fit(asked, CPU).estimates.rows] == ["zero2", "fp32_baseline"]
+    raw = json.loads(next(path for path in shipped_profiles() if path.stem == "zero2").read_text(encoding="utf-8"))
+    for name, own in (("same", {}), ("clipped", {"gradient_clipping": 0.5})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(raw | own), encoding="utf-8")
+    paths = [str(tmp_path / f"{name}.json") for name in ("same", "clipped")]
+    rows = find_fit(EstimateOptions(ds=("zero2", *paths)), CPU).estimates.rows
+    assert {row.profile for row in rows} == {"zero2", "clipped"}
 
 
 def test_nothing_fits() -> None:

@@ -111,12 +111,13 @@ def has_enough_tokens(setting: MemorySetting) -> bool:
 def slowness(setting: MemorySetting) -> tuple[float, ...]:
     """The order in which settings of one global batch are preferred, the fastest first.
 
-    What is offloaded last of all; a micro-batch that fills the card; the least recompute; then the least that crosses
-    the link between the GPUs, where ZeRO-3, which waits for weights, comes after the others; then the least memory. The
-    order is a judgement: nothing of it was measured on a GPU.
+    What is offloaded last of all; 16 bits before fp32; a micro-batch that fills the card; the least recompute; ZeRO-3,
+    which waits for weights, after the others; then the least that crosses the link between the GPUs; then the least
+    memory. The order is a judgement: nothing of it was measured on a GPU.
     """
     return (
         setting.offload_optimizer + setting.offload_param,
+        setting.dtype == "fp32",
         0 if has_enough_tokens(setting) else 1 / setting.micro_batch,
         recomputed_flops_per_token(setting.model, setting.recompute, setting.context),
         list(POLICIES).index(setting.recompute),
