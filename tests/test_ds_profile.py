@@ -184,7 +184,7 @@ BROKEN: dict[str, tuple[dict[str, Any], list[str]]] = {
     "unknown checkpointing": ({"activation_checkpointing": {"enabled": True}}, ["activation_checkpointing.enabled"]),
     "unmanaged": ({"managed_gradient_accumulation": False}, ["managed_gradient_accumulation"]),
     "sum": ({"gradient_allreduce_op": "sum"}, ["number of ranks"]),
-    "breakdown": ({"memory_breakdown": True}, ["memory_breakdown", "peak memory"]),
+    "memory breakdown": ({"memory_breakdown": True}, ["memory_breakdown", "peak memory"]),
     "universal": ({"checkpoint": {"load_universal": True}}, ["load_universal"]),
     "scheduler": ({"scheduler": {"type": "WarmupLR"}}, ["scheduler", "learning rate", "gpt2ds train"]),
     "compile": ({"compile": {"deepcompile": True}}, ["compile", "remove"]),

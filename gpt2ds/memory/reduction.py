@@ -149,6 +149,7 @@ class Reduction:
         # Whether gradients that are too large for the bucket stay after the exchange, until the backward pass is over.
         self.keeps_own = self.sums_in_fp32 or setting.offload_optimizer
         self.keeps_foreign = stage == 1
+        self.norm_bytes = 8 if setting.offload_optimizer else 0
         kinds = {True: places.matrices, False: places.vectors}
         self.unmade: dict[frozenset[bool], int]
         """Bytes of the share's parts, of matrices (True), vectors (False) or both, until the first of them comes."""
@@ -200,6 +201,10 @@ class Reduction:
             most = self.held_bytes + new_share + copies
         else:
             most = self.held_bytes + max(new_share, copies)
+        # Under offload the norm is taken before a gradient leaves, in fp64 (s12:1873).
+        most = max(
+            most, self.held_bytes + new_share + self.norm_bytes * max((one.own_elements for one in own), default=0)
+        )
         self.held_bytes += new_share
         for one in self.waiting:
             stays = self.keeps_own if one.is_own else self.keeps_foreign
@@ -218,6 +223,8 @@ class Divided:
         self.capacity = setting.reduce_bucket_elements
         self.bucket_bytes = bucket_bytes(setting)
         self.converted_bytes = a / setting.ranks if a > self.s else 0
+        # Under offload each sum comes back to the GPU for its norm, which is taken in fp64.
+        self.norm_bytes = (a + 8) / setting.ranks if setting.offload_optimizer else 0
         self.held_bytes = 0 if setting.offload_optimizer else -(-a * setting.model.parameters // setting.ranks)
         self.waiting: list[Place] = []
         self.filled = 0
@@ -238,7 +245,8 @@ class Divided:
         # The shares of several tensors are sorted by rank into a copy (runtime/comm/coalesced_collectives.py:122), and
         # the own ones turned into the type of the sums (z3:1912).
         copies = self.s * self.filled if len(self.waiting) > 1 else 0
-        most = self.held_bytes + copies + int(self.converted_bytes * self.filled)
+        largest = max((one.elements for one in self.waiting), default=0)
+        most = self.held_bytes + copies + int(self.converted_bytes * self.filled + self.norm_bytes * largest)
         self.held_bytes -= self.s * sum(one.elements for one in self.waiting if one.elements > self.capacity)
         self.waiting.clear()
         self.filled = 0
