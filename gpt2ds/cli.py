@@ -391,19 +391,30 @@ def memory_estimate(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
 ) -> None:
-    """Say what every profile takes on a GPU, before the run; exit code 1 when none of them fits."""
+    """Say what every profile takes on a GPU, before the run.
+
+    Exit code 1 when nothing fits, with --fit no plan; 2 for a mistake, and when nothing of what --ds names has any
+    chance to fit.
+    """
     import json
     from dataclasses import asdict
 
     from gpt2ds.devices import this_machine
     from gpt2ds.estimate import EstimateOptions, estimate
-    from gpt2ds.estimate_change import changes_needed, stop_if_hopeless
-    from gpt2ds.estimate_fit import command, find_fit, write_profile
+    from gpt2ds.estimate_change import changes_needed, is_hopeless, stop_if_hopeless
+    from gpt2ds.estimate_fit import NothingFitsError, check_new_profile, command, find_fit, write_profile
     from gpt2ds.estimate_table import explain, explain_precision, precision_example, show, show_fit
     from gpt2ds.memory.mixed_precision import compare
 
     if write and not fit:
         raise UserError("--write writes the plan that --fit finds: give both.")
+    # A search or a trace that ends in a wrong name was for nothing.
+    if write:
+        check_new_profile(write)
+    if plot:
+        from gpt2ds.estimate_plot import check_picture, write_plot
+
+        check_picture(plot)
     machine = this_machine()
     options = EstimateOptions(
         model=model,
@@ -419,7 +430,16 @@ def memory_estimate(
         loss_chunk=loss_chunk,
         global_batch=global_batch,
     )
-    found = find_fit(options, machine) if fit else None
+    try:
+        found = find_fit(options, machine) if fit else None
+    except NothingFitsError as nothing:
+        if as_json:
+            print(json.dumps({"rows": [], "problem": str(nothing)}, indent=1))
+        if options.ds:
+            raise
+        if not as_json:
+            print(nothing)
+        raise SystemExit(1) from None
     estimates = found.estimates if found else estimate(options, machine)
     changes = () if found else changes_needed(estimates, options, machine)
     traced = _traced(estimates) if trace else ()
@@ -442,7 +462,8 @@ def memory_estimate(
         if found:
             show_fit(found, command(found.best, options, written=write))
         else:
-            show(estimates, changes)
+            # What stops the command says the changes itself.
+            show(estimates, () if options.ds and is_hopeless(estimates) else changes)
         if parts:
             explain(estimates)
             explain_precision(example, peaks)
@@ -453,8 +474,6 @@ def memory_estimate(
             if parts:
                 explain_traced(traced)
     if plot:
-        from gpt2ds.estimate_plot import write_plot
-
         write_plot(estimates, plot)
     if options.ds:
         stop_if_hopeless(estimates, changes)

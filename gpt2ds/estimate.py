@@ -12,6 +12,7 @@ from gpt2ds.devices import CONTEXT_BYTES, NCCL_BYTES, Machine, card_bytes, gpu_m
 from gpt2ds.ds_profile import DsProfile, load_profile, shipped_profiles
 from gpt2ds.ds_rules import RECOMPUTE_POLICIES, section
 from gpt2ds.errors import UserError
+from gpt2ds.estimate_limits import left_out
 from gpt2ds.gpt2.config import GPT2Config, find_model, with_context
 from gpt2ds.gpt2.policies import POLICIES, recomputed_flops_per_token
 from gpt2ds.memory.communication import Traffic, traffic
@@ -101,7 +102,7 @@ class Estimates:
 
 def _plain(row: Row) -> dict[str, Any]:
     about = {field.name: getattr(row, field.name) for field in fields(row) if field.name not in ("source", "setting")}
-    return about | {"traffic": asdict(row.traffic)}
+    return about | {"traffic": asdict(row.traffic), "not_counted": left_out(row.source)}
 
 
 def estimate(options: EstimateOptions, machine: Machine) -> Estimates:

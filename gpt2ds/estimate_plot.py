@@ -43,10 +43,17 @@ NAMED_SHARE = 0.055
 SMALL_SHARE = 0.004
 
 
-def write_plot(estimates: Estimates, path: Path) -> Path:
-    """Writes the picture: with few profiles a waterfall of each, with more a bar of each. Raises UserError."""
+def check_picture(path: Path) -> None:
+    """Raises UserError when a picture cannot bear this name."""
     if path.suffix.lower() != ".png":
         raise UserError(f"--plot {path}: a picture's name ends in .png.")
+    if not path.parent.is_dir():
+        raise UserError(f"--plot {path}: No such file or directory: create {path.parent}, or give another folder.")
+
+
+def write_plot(estimates: Estimates, path: Path) -> Path:
+    """Writes the picture: with few profiles a waterfall of each, with more a bar of each. Raises UserError."""
+    check_picture(path)
     rows = estimates.rows
     if len(rows) <= STEPS_MOST:
         heights = [1.15 + 0.26 * len(_parts(row)) for row in rows]

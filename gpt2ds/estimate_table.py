@@ -10,15 +10,22 @@ from rich.table import Table
 
 from gpt2ds.estimate import Estimates, Row
 from gpt2ds.estimate_fit import Fit
-from gpt2ds.memory.communication import bucket_bytes
+from gpt2ds.estimate_limits import left_out
+from gpt2ds.memory.fit import MICRO_BATCH_MOST
 from gpt2ds.memory.mixed_precision import PRECISIONS, PlainPeak
+from gpt2ds.memory.reduction import bucket_bytes
 from gpt2ds.options import DEFAULTS
 
 GIB = 2**30
 PARTS_SHOWN = 3
 PLANS_SHOWN = 4
 WIDE_COLUMNS = 130
+NARROW_COLUMNS = 54
 BAR_COLUMNS = 24
+WITH_BARS_COLUMNS = 80
+
+# Below this share of fp32's peak a difference is none.
+SMALL_DIFFERENCE = 0.01
 
 # What of a rank's memory the ZeRO stages divide.
 STATES = ("weights", "gathered weights", "master weights", "moments", "gradients")
@@ -32,11 +39,12 @@ def show(estimates: Estimates, changes: Sequence[str | None] = ()) -> None:
     console = Console(highlight=False)
     _title(console, estimates)
     wide = console.width >= WIDE_COLUMNS
-    table = _table(["profile", "batch", "recompute"], ["peak", "free", "largest", "host"], wide=wide)
+    figures = ["peak", "free", "largest", "host"][: 2 if console.width < NARROW_COLUMNS else 4]
+    table = _table(["profile", "batch", "recompute"], figures, wide=wide)
     if wide:
         table.add_column("where the peak is, and what makes it")
     for row in estimates.rows:
-        table.add_row(*_cells(row, wide=wide), style="" if row.fits else "dim")
+        table.add_row(*_cells(row, wide=wide)[: len(table.columns)], style="" if row.fits else "dim")
     console.print(table)
     console.print(
         "GiB. batch: micro-batch x accumulation x GPUs. peak: of each GPU, by formula (a trace of the engine agrees "
@@ -49,8 +57,11 @@ def show(estimates: Estimates, changes: Sequence[str | None] = ()) -> None:
     for row, change in zip(estimates.rows, changes, strict=False):
         if change:
             sentences.setdefault(change, []).append(row.profile)
-    for change, profiles in sentences.items():
-        console.print(f"[bold]{', '.join(profiles)}[/bold]: {change}")
+    for row in estimates.rows:
+        for sentence in left_out(row.source):
+            sentences.setdefault(sentence, []).append(row.profile)
+    for sentence, profiles in sentences.items():
+        console.print(f"[bold]{', '.join(profiles)}[/bold]: {sentence}")
 
 
 def show_fit(fit: Fit, command: str) -> None:
@@ -59,8 +70,8 @@ def show_fit(fit: Fit, command: str) -> None:
     estimates, best = fit.estimates, fit.best
     _title(console, estimates)
     console.print(
-        f"Plans that are predicted to fit at a global batch of {fit.global_batch} sequences ({fit.global_batch_from}), "
-        "the fastest first:"
+        f"Plans that are predicted to fit at a global batch of {fit.global_batch} "
+        f"sequence{'s' * (fit.global_batch > 1)} ({fit.global_batch_from}), the fastest first:"
     )
     several = best.ranks > 1
     table = _table(
@@ -80,7 +91,8 @@ def show_fit(fit: Fit, command: str) -> None:
     console.print(table)
     sends = "; sends: of each GPU in an optimizer step" if several else ""
     console.print(
-        "The order: what is offloaded last, then the least recompute, then the least that crosses the link. "
+        "The order: what is offloaded last, 16 bits before fp32, a micro-batch that fills the card, the least "
+        "recompute, ZeRO-3 after the others, the least that crosses the link, the least memory. A judgement. "
         f"GiB, by formula, not measured on a GPU{sends}."
     )
     if quieter := _much_quieter(estimates.rows):
@@ -89,6 +101,9 @@ def show_fit(fit: Fit, command: str) -> None:
             f"instead of {best.traffic.total / GIB:.1f}, for "
             f"{quieter.recompute_percent - best.recompute_percent:.1f} points more arithmetic."
         )
+    for row in estimates.rows[:PLANS_SHOWN]:
+        for sentence in left_out(row.source):
+            console.print(f"{row.profile}: {sentence}", markup=False)
     for sentence in fit.left_out:
         console.print(f"Left out: {sentence}", markup=False)
     console.print(f"\nTake [bold]{best.profile}[/bold], with {best.host_bytes / GIB:.1f} GiB of host memory:")
@@ -103,12 +118,15 @@ def explain(estimates: Estimates) -> None:
             f"\n[bold]{row.profile}[/bold]: {row.peak_bytes / GIB:.2f} GiB at its peak, {row.phase}", markup=True
         )
         table = Table.grid(padding=(0, 2, 0, 0))
-        for _ in range(4):
+        table.add_column(overflow="fold")
+        for _ in range(3):
             table.add_column(no_wrap=True)
         below = 0
         for name, size in sorted(row.parts.items(), key=lambda part: -part[1]):
-            bar = Bar(row.peak_bytes, below, below + size, width=BAR_COLUMNS)
-            table.add_row(f"  {name}", f"{size / GIB:6.2f}", f"{size / row.peak_bytes:4.0%}", bar)
+            bar = [Bar(row.peak_bytes, below, below + size, width=BAR_COLUMNS)]
+            if console.width < WITH_BARS_COLUMNS:
+                bar = []
+            table.add_row(f"  {name}", f"{size / GIB:6.2f}", f"{size / row.peak_bytes:4.0%}", *bar)
             below += size
         console.print(table)
 
@@ -137,20 +155,30 @@ def explain_precision(row: Row, peaks: Sequence[PlainPeak]) -> None:
     for precision in PRECISIONS:
         cells = [found[precision, fused] for fused in (False, True)]
         table.add_row(names[precision], *(f"{one.peak_bytes / GIB:.1f} ({one.largest_micro_batch})" for one in cells))
-    table.add_row(f"{row.profile} as it is", "", f"{row.peak_bytes / GIB:.1f} ({row.largest_micro_batch})")
+    table.add_row(f"{row.profile} as it is", "", f"{row.peak_bytes / GIB:.1f} ({_largest(row)})")
     console.print(table)
-    plain, mixed = found["fp32", False].peak_bytes / GIB, found["autocast", False].peak_bytes / GIB
+    plain, mixed = found["fp32", False].peak_bytes, found["autocast", False].peak_bytes
     states, casts = (each * setting.model.parameters / GIB for each in (16, 2))
     console.print(
         f"autocast leaves weights, gradients and Adam's moments in fp32 ({states:.1f} GiB) and adds a bf16 copy of "
-        f"every weight ({casts:.1f}). Without a fused kernel each softmax is kept in fp32 beside its bf16 copy: "
-        f"{mixed:.1f} GiB against {plain:.1f}. What does reduce it: weights that are in 16 bits themselves, fused "
+        f"every weight ({casts:.1f}). Without a fused kernel each softmax is kept in fp32 beside its bf16 copy. "
+        f"{_difference(plain, mixed)} What does reduce it: weights that are in 16 bits themselves, fused "
         "attention, a loss in chunks, recompute, states that are divided or offloaded."
     )
     console.print(
         "As commonly written: attention by matrices, whole logits in fp32. By formula, from traces of plain PyTorch; "
         "not measured on a GPU."
     )
+
+
+def _difference(plain: int, mixed: int) -> str:
+    """What autocast makes of fp32's peak, without a fused kernel."""
+    figures = f"{mixed / GIB:.2f} GiB against {plain / GIB:.2f} in fp32"
+    if abs(mixed - plain) < SMALL_DIFFERENCE * plain:
+        return f"The peak stays about the same here: {figures}."
+    if mixed > plain:
+        return f"The peak even grows here: {figures}."
+    return f"Here the other activations, which halve, outweigh both: {figures}."
 
 
 def _title(console: Console, estimates: Estimates) -> None:
@@ -164,7 +192,8 @@ def _title(console: Console, estimates: Estimates) -> None:
 def _table(left: Sequence[str], right: Sequence[str], *, wide: bool) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2 if wide else 1, 0, 0))
     for name in left:
-        table.add_column(name, no_wrap=True)
+        # Where the terminal is narrow, names fold: a figure that is cut is none.
+        table.add_column(name, overflow="fold", no_wrap=name == "batch")
     for name in right:
         table.add_column(name, justify="right", no_wrap=True)
     return table
@@ -173,6 +202,8 @@ def _table(left: Sequence[str], right: Sequence[str], *, wide: bool) -> Table:
 def _shares(console: Console, estimates: Estimates, *, wide: bool) -> None:
     """What dividing costs and brings: bytes on each GPU, and bytes that each sends."""
     columns = ["ZeRO", "states", "buckets", "grads sent", "weights sent"]
+    if console.width < NARROW_COLUMNS:
+        columns = [name.replace(" ", "\n") for name in columns]
     table = _table(["each of several GPUs"], columns, wide=wide)
     for row in estimates.rows:
         sizes = [sum(row.parts.get(name, 0) for name in STATES), bucket_bytes(row.setting)]
@@ -195,10 +226,16 @@ def _cells(row: Row, *, wide: bool) -> list[str]:
         _recompute(row) if wide else row.recompute,
         f"{row.peak_bytes / GIB:.2f}",
         margin if row.fits else f"({margin})",
-        str(row.largest_micro_batch) if row.largest_micro_batch else "none",
+        _largest(row),
         f"{row.host_bytes / GIB:.1f}",
     ]
     return [*cells, f"{row.phase}: {parts}"] if wide else cells
+
+
+def _largest(row: Row) -> str:
+    """The largest micro-batch; with a + where the search ended there."""
+    ended = row.largest_micro_batch == max(MICRO_BATCH_MOST, row.micro_batch)
+    return f"{row.largest_micro_batch}{'+' * ended}" if row.largest_micro_batch else "none"
 
 
 def _batch(row: Row) -> str:

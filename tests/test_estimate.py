@@ -97,6 +97,7 @@ def test_not_even_one_sequence_is_a_mistake_with_the_smallest_change(tmp_path: P
     assert answer.returncode == 2
     assert answer.stderr.startswith("Error: zero2 does not fit: not even micro-batch 1")
     assert "--ds zero2_offload" in answer.stderr and "Traceback" not in answer.stderr
+    assert "micro-batch 1" not in run_cli(*hopeless, cwd=tmp_path).stdout  # it is said once
     (row,) = json.loads(answer.stdout)["rows"]
     assert row["largest_micro_batch"] == 0 and "zero2_offload" in row["change"]
     # Of the shipped profiles, which nobody named, none fits: that is an answer and no mistake.

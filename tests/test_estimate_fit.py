@@ -179,6 +179,9 @@ def test_a_plan_for_this_machine_needs_what_this_machine_has() -> None:
     machine = replace(CPU, gpus=(RTX_4090,), host_memory_bytes=8 * 2**30)
     with pytest.raises(UserError, match="GiB of host memory"):
         find_fit(EstimateOptions(model="gpt2_xl"), machine)
+    both = find_fit(EstimateOptions(gpus=None, ds=("zero2", "zero3_offload")), machine)
+    assert [row.profile for row in both.estimates.rows] == ["zero2"]
+    assert both.left_out[0].startswith("zero3_offload: This run needs")
     # On paper, for another machine, it is only said.
     assert find_fit(EstimateOptions(model="gpt2_xl", gpus=1, gpu_memory=24), machine).best.host_bytes > 8 * 2**30
 
@@ -213,5 +216,10 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert "--micro-batch 8 --accumulation 32 --recompute none" in result["command"]
     taken = run_cli(*arguments, "--write", "plan.json", cwd=tmp_path)
     assert taken.returncode == 2 and "exists already" in taken.stderr
+    nothing = ("memory-estimate", "--fit", "--model", "gpt2_xl", "--gpu-memory", 1.5, "--json")
+    for ds, code in (((), 1), (("--ds", "zero3"), 2)):
+        answer = run_cli(*nothing, *ds, cwd=tmp_path)
+        result = json.loads(answer.stdout)
+        assert answer.returncode == code and not result["rows"] and "No plan for gpt2_xl fits" in result["problem"]
     alone = run_cli("memory-estimate", "--write", "other.json", cwd=tmp_path)
     assert alone.returncode == 2 and "--fit" in alone.stderr and not (tmp_path / "other.json").exists()
