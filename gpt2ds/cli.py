@@ -475,7 +475,7 @@ def memory_estimate(
                 explain_traced(traced)
     if plot:
         write_plot(estimates, plot)
-    if options.ds:
+    if options.ds and not any(row.fits for row in traced):
         stop_if_hopeless(estimates, changes)
     if not any(row.fits for row in traced or estimates.rows):
         raise SystemExit(1)

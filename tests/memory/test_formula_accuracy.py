@@ -1,7 +1,7 @@
 """The closed form against traces of the very DeepSpeed engine: all recorded ones, and a few made now.
 
-The recorded ones come from benchmarks/formula_accuracy.py and were drawn by seeds that the formula was not fitted to
-beforehand; a formula that loses a term fails on some of them, and the tests here lose one after the other.
+The recorded ones come from benchmarks/formula_accuracy.py: the formula was corrected by those of seeds 1 and 2, seed 3
+was drawn afterwards. A formula that loses a term fails on some of them, and the tests here lose one after the other.
 """
 
 import json
