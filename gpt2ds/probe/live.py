@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from gpt2ds.probe.gradient_sums import holders_of_one_alone, would_be_in_place
+
 # CUDA's caching allocator rounds every block up to this (PyTorch, c10/core/AllocatorConfig.h: kMinBlockSize).
 CUDA_BLOCK_BYTES = 512
 
@@ -80,6 +82,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         log_events: bool = False,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        holders_of_one_alone()  # before anything of ours is counted
         self.device, self.rounding, self.hidden = device, rounding, hidden
         self.current_bytes = 0
         self.phases = [PhasePeak(name="start", peak_bytes=0)]
@@ -197,7 +200,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         self._operation = str(operation)
-        result = operation(*args, **kwargs)
+        result = args[0].add_(args[1]) if would_be_in_place(operation, args) else operation(*args, **kwargs)
         for tensor in tree_leaves((result, args, kwargs)):
             self.touch(tensor)
         if self.hidden and self._operation in HIDDEN_BYTES:

@@ -38,7 +38,10 @@ class TraceRequest:
     """As `DsProfile.ds_config` gives it: micro-batch and accumulation are read from it."""
     ranks: int = 1
     rank: int | None = None
-    """None: the last one, which peaks highest, because it owns the layers whose gradients come first."""
+    """None: the last one. It owns the layers whose gradients come first, and no other peaks higher where activations
+    make the peak. Where they do not, under ZeRO-2 with fp32 sums, rank 0 may: it makes those of the token embedding, up
+    to 4 bytes for each of its numbers.
+    """
     recompute: str = "none"
     loss_chunk: int = 1024
     steps: int = 2
