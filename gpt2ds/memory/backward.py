@@ -126,8 +126,8 @@ def _moments(setting: MemorySetting, places: Layout, gradients: Gradients) -> It
         yield from hand_over("qkv", number, block.qkv, head)
         yield from hand_over("norm 1", number, block.norm_1, head)
     yield from hand_over("tied embedding", None, (places.positions,), head)
-    # The head's and the embedding's gradient of the tied weight, and their sum.
-    yield Moment("tied embedding", None, gradients.held_bytes, 0, 3 * head, gradients.bucket_bytes)
+    # The head's and the embedding's gradient of the tied weight, before one is added to the other.
+    yield Moment("tied embedding", None, gradients.held_bytes, 0, 2 * head, gradients.bucket_bytes)
     yield from hand_over("tied embedding", None, (places.tokens,), 0)
     if isinstance(gradients, Kept) and (setting.zero_stage == 0 or setting.has_bf16_optimizer):
         held = gradients.held_bytes + _flat_copies(setting, places)
