@@ -7,8 +7,6 @@ stand in one error.
 import difflib
 import fcntl
 import math
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -34,10 +32,10 @@ from gpt2ds.gpt2.config import MODELS, GPT2Config, find_model, with_context
 from gpt2ds.memory.fit import fastest_that_fits, fits, largest_micro_batch, largest_model
 from gpt2ds.memory.formula import Estimate, predict
 from gpt2ds.memory.host import predict_host
-from gpt2ds.memory.setting import DTYPE_BYTES, MemorySetting
+from gpt2ds.memory.setting import MemorySetting
 from gpt2ds.options import DEFAULTS, PEAK_LR, TrainOptions
 from gpt2ds.plan import Plan, Schedule, count_windows, evaluation_interval, warmup_steps
-from gpt2ds.requirements import host_memory_problem, missing_requirements
+from gpt2ds.requirements import disk_problem, host_memory_problem, missing_requirements
 from gpt2ds.run_folder import check_same_run, run_folder
 
 GIB = 2**30
@@ -344,25 +342,8 @@ class _Planner:
 
     def check_disk(self, folder: Path, model: GPT2Config) -> None:
         """Whether the checkpoints that will be kept, and the one being written, have room."""
-        s = DTYPE_BYTES[self.profile.dtype]
-        # DeepSpeed's weights and ours for inference, and fp32 master weights with two moments.
-        one = model.parameters * (2 * s + 12)
-        needed = one * (self.options.get("keep") + 1)
-        # A resumed run's own checkpoints make room as new ones come.
-        present = sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*") if path.is_file())
-        place = folder
-        while not place.exists():
-            place = place.parent
-        if not os.access(place, os.W_OK):
-            self.problems.append(f"{place} is not writable: choose another folder with --out.")
-            return
-        free = shutil.disk_usage(place).free + present
-        if free < needed:
-            self.problems.append(
-                f"{folder} has room for {free / GIB:.1f} GiB, but {self.options.get('keep')} checkpoints of "
-                f"{one / GIB:.1f} GiB and the next one need {needed / GIB:.1f}: choose another --out, or a smaller "
-                "--keep."
-            )
+        if problem := disk_problem(folder, model, self.profile.dtype, self.options.get("keep")):
+            self.problems.append(problem)
 
     def schedule(self, model: GPT2Config, global_batch: int) -> Schedule:
         """Learning rate and length."""

@@ -1,5 +1,5 @@
-"""What a profile asks of the machine: processors, libraries, compilers, host memory. Found before the run, because
-DeepSpeed finds out in the middle of a start, each rank with a traceback of its own.
+"""What a profile asks of the machine: processors, libraries, compilers, host memory, disk. Found before the run,
+because DeepSpeed finds out in the middle of a start, each rank with a traceback of its own.
 """
 
 import importlib.util
@@ -13,6 +13,8 @@ from pathlib import Path
 from gpt2ds.devices import Machine
 from gpt2ds.ds_profile import DsProfile
 from gpt2ds.ds_rules import section
+from gpt2ds.gpt2.config import GPT2Config
+from gpt2ds.memory.setting import DTYPE_BYTES
 
 GIB = 2**30
 
@@ -112,4 +114,34 @@ def host_memory_problem(parts: dict[str, int], machine: Machine) -> str | None:
     return (
         f"This run needs {needed / GIB:.1f} GiB of host memory ({named}), this machine has "
         f"{machine.host_memory_bytes / GIB:.1f}: take {fix}."
+    )
+
+
+def checkpoint_bytes(model: GPT2Config, dtype: str) -> int:
+    """The size of one checkpoint: DeepSpeed's weights and ours for inference, fp32 master weights and two moments."""
+    return model.parameters * (2 * DTYPE_BYTES[dtype] + 12)
+
+
+def nearest_folder(path: Path) -> Path:
+    """The folder itself, or the nearest one above it that is already there."""
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def disk_problem(folder: Path, model: GPT2Config, dtype: str, keep: int) -> str | None:
+    """A sentence when the checkpoints that will be kept in a run folder, and the one being written, lack room."""
+    one = checkpoint_bytes(model, dtype)
+    needed = one * (keep + 1)
+    # A resumed run's own checkpoints make room as new ones come.
+    present = sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*") if path.is_file())
+    place = nearest_folder(folder)
+    if not os.access(place, os.W_OK):
+        return f"{place} is not writable: choose another folder with --out."
+    free = shutil.disk_usage(place).free + present
+    if free >= needed:
+        return None
+    return (
+        f"{folder} has room for {free / GIB:.1f} GiB, but {keep} checkpoints of {one / GIB:.1f} GiB and the next one "
+        f"need {needed / GIB:.1f}: choose another --out, or a smaller --keep."
     )
