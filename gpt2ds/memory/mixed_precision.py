@@ -85,10 +85,10 @@ def plain_parts(setting: MemorySetting, precision: str, *, fused_attention: bool
         "attention matrices": matrices,
         "logits": _LOGIT_BYTES * V * N,
     }
-    # The embedding's and the head's gradient of the tied weight, and their sum.
+    # The head's gradient of the tied weight waits for the embedding's, which autograd adds to it in place.
     s = 2 if precision == "16 bits" else 4
     gradients = states.get("gradients", 0) + s * model.parameters
-    at_end = states | {"gradients": gradients, "tied embedding": 2 * s * V * d}
+    at_end = states | {"gradients": gradients, "tied embedding": s * V * d}
     at_end.pop(CAST_WEIGHTS, None)  # they go with the activations
     parts = max(at_loss, at_end, key=lambda phase: sum(phase.values()))
     return {name: int(size) for name, size in parts.items() if int(size)}

@@ -37,6 +37,14 @@ def test_agrees_with_the_traces(precision: str, fused: bool) -> None:
         assert sum(parts.values()) / MIB == pytest.approx(expected, rel=0.001)
 
 
+def test_when_all_gradients_are_there_the_tied_weight_has_two() -> None:
+    """Measured as resident pages of a plain PyTorch backward pass: autograd adds the second one in place."""
+    short = replace(LARGE, micro_batch=1, context=64)
+    parts = plain_parts(short, "fp32", fused_attention=True)
+    P, V, d = short.model.parameters, short.model.vocab_size, short.model.emb_dim
+    assert parts == {"weights": 4 * P, "moments": 8 * P, "gradients": 4 * P, "tied embedding": 4 * V * d}
+
+
 def test_the_answer_for_a_24_gb_card() -> None:
     """Where this program comes from: attention by matrices allowed 2 sequences, and autocast took more than fp32."""
     found = {(one.precision, one.fused_attention): one for one in compare(LARGE, card_bytes(24))}
