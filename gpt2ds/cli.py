@@ -491,6 +491,27 @@ def _traced(estimates: "Estimates") -> "tuple[TracedRow, ...]":
 
 
 @app.command()
+def doctor(
+    ds: Annotated[
+        str | None, typer.Option(metavar="JSON", help="DeepSpeed profile: a file, or the name of a shipped one.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="Default: what training would take.")] = None,
+    gpus: Annotated[int | None, typer.Option(metavar="N", help="Ranks on this machine. Default: all GPUs.")] = None,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where run folders would be.")] = Path("logs"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
+) -> None:
+    """Say what would go wrong with a run, before it does: driver, compilers, locks, disk, memory, an all-reduce.
+
+    Exit code 1 when there is a problem; warnings alone are 0.
+    """
+    from gpt2ds.doctor import DoctorOptions, examine
+    from gpt2ds.doctor_report import show
+
+    if show(examine(DoctorOptions(ds=ds, model=model, gpus=gpus, out=out)), as_json=as_json):
+        raise SystemExit(1)
+
+
+@app.command()
 def profiles() -> None:
     """What each shipped DeepSpeed profile is for."""
     from rich.console import Console

@@ -122,6 +122,11 @@ def checkpoint_bytes(model: GPT2Config, dtype: str) -> int:
     return model.parameters * (2 * DTYPE_BYTES[dtype] + 12)
 
 
+def checkpoints_bytes(model: GPT2Config, dtype: str, keep: int) -> int:
+    """The most that a run's checkpoints take at a time: those that are kept, and the one being written."""
+    return checkpoint_bytes(model, dtype) * (keep + 1)
+
+
 def nearest_folder(path: Path) -> Path:
     """The folder itself, or the nearest one above it that is already there."""
     while not path.exists():
@@ -131,8 +136,7 @@ def nearest_folder(path: Path) -> Path:
 
 def disk_problem(folder: Path, model: GPT2Config, dtype: str, keep: int) -> str | None:
     """A sentence when the checkpoints that will be kept in a run folder, and the one being written, lack room."""
-    one = checkpoint_bytes(model, dtype)
-    needed = one * (keep + 1)
+    one, needed = checkpoint_bytes(model, dtype), checkpoints_bytes(model, dtype, keep)
     # A resumed run's own checkpoints make room as new ones come.
     present = sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*") if path.is_file())
     place = nearest_folder(folder)
