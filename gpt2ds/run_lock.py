@@ -57,6 +57,8 @@ class RunLock:
         """Gives the lock back; the file stays, since removing it could part two processes that look for it."""
         if self._descriptor is not None:
             _write(self._descriptor, b"")
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._descriptor, fcntl.LOCK_UN)
         self._close()
 
     def _close(self) -> None:

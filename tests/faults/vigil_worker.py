@@ -1,0 +1,48 @@
+"""One rank's vigil without any training: `vigil_worker.py FOLDER RANK TIMEOUT SECONDS WHAT` moves for so long, then
+does WHAT. Prints what its vigil says.
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from gpt2ds.training.vigil import Vigil
+
+
+def main() -> None:
+    """See the module's docstring."""
+    folder, rank, timeout, seconds, what = sys.argv[1:]
+    gone: list[float] = []
+    with Vigil(
+        Path(folder),
+        int(rank),
+        2,
+        timeout_seconds=float(timeout),
+        on_launcher_gone=lambda: gone.append(time.monotonic()),
+        on_lost=lambda message: print("lost:", message, flush=True),
+        grace_seconds=0.5,
+    ) as vigil:
+        print("entered", flush=True)
+        end = time.monotonic() + float(seconds)
+        while time.monotonic() < end and not gone:
+            time.sleep(0.02)
+            vigil.progress(17, "in step 18")
+        if gone:
+            print("launcher gone", flush=True)
+        if what == "behind":
+            vigil.progress(17, "in step 18")
+        if what == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif what == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif what == "fail":
+            raise ValueError("a mistake")
+        elif what in ("hang", "behind"):
+            time.sleep(60)
+        elif what == "ask":
+            print("asked:", vigil.lost(), flush=True)
+
+
+main()
