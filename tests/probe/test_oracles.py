@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import run_ranks
+from support import TESTS, run_ranks
 
 from gpt2ds.ds_profile import load_profile
 from gpt2ds.gpt2.config import GPT2Config
@@ -104,3 +104,12 @@ def test_the_kernel_counts_what_the_trace_says(tmp_path: Path) -> None:
         for phase, other in zip(seen.phases, expected, strict=True):
             assert phase.name == other["name"]
             assert phase.peak_bytes == pytest.approx(other["peak_bytes"], rel=0.02)
+
+
+def test_the_benchmark_holds_its_bounds() -> None:
+    recorded = json.loads((TESTS.parent / "benchmarks" / "results" / "memory_oracles.json").read_text(encoding="utf-8"))
+    assert {case["settings"]["stage"] for case in recorded["cases"].values()} == {0, 1, 2, 3}
+    for case in recorded["cases"].values():
+        for rank in case["ranks"]:
+            assert abs(rank["trace_over_tracker_percent"]) <= 0.1
+            assert abs(rank["trace_over_pages_percent"]) <= 1
