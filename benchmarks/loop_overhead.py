@@ -70,7 +70,8 @@ def main() -> None:
     inside = Stopwatch()
     from deepspeed.runtime.engine import DeepSpeedEngine
 
-    from gpt2ds.training.loop import train
+    from gpt2ds.training.guard import StopSignals
+    from gpt2ds.training.session import train
 
     for name in ("forward", "backward", "step"):
         setattr(DeepSpeedEngine, name, inside.around(getattr(DeepSpeedEngine, name)))
@@ -92,7 +93,7 @@ def main() -> None:
             evaluate_every=10**6,
             sample_tokens=1,
         )
-        train(resolve(options, ranks=1), recorder)
+        train(resolve(options, ranks=1), recorder, StopSignals())
     shares = inside.shares
     machine = this_machine()
     result = {

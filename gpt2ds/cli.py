@@ -14,12 +14,13 @@ if __package__ in (None, ""):
 import inspect
 import os
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
 
 import typer
 
 from gpt2ds import __version__
-from gpt2ds.errors import MemoryShortageError, UserError
+from gpt2ds.errors import MemoryShortageError, RankLostError, UserError, readable
 from gpt2ds.options import DEFAULTS, WHAT, TrainOptions
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from gpt2ds.plan import Plan
     from gpt2ds.probe.traced_estimate import TracedRow
     from gpt2ds.runlog.metrics import Recorder
+    from gpt2ds.training.guard import StopSignals
     from gpt2ds.training.memory_watch import MemoryWatch
 
 OTHER_RANKS_WAIT_SECONDS = 5.0
@@ -41,10 +43,16 @@ app = typer.Typer(
 )
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or its name below logs/.")]
+WeightsArgument = Annotated[
+    Path,
+    typer.Argument(metavar="RUN", help="A run folder or its name below logs/, an exported folder, or a weights file."),
+]
 
 
 def main() -> NoReturn:
-    """Entry point: a user's mistake becomes one message and exit code 2, memory that ran out one and exit code 3."""
+    """Entry point: a user's mistake becomes one message and exit code 2, memory that ran out one and exit code 3,
+    a rank that was lost one and exit code 1.
+    """
     try:
         app(prog_name="gpt2ds", standalone_mode=True)
         code = 0
@@ -54,6 +62,9 @@ def main() -> NoReturn:
     except MemoryShortageError as error:
         _tell_once(str(error))
         code = 3
+    except RankLostError as error:
+        _tell_once(str(error))
+        code = 1
     except KeyboardInterrupt:
         code = 130
     except SystemExit as leaving:
@@ -72,7 +83,7 @@ def _tell_once(message: str) -> None:
     # it: the launcher ends it within a second when the first one has left.
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(OTHER_RANKS_WAIT_SECONDS)
-    print(message, file=sys.stderr, flush=True)
+    print(readable(message), file=sys.stderr, flush=True)
 
 
 @app.callback(invoke_without_command=True)
@@ -86,48 +97,81 @@ def options_for_all(
         raise typer.Exit
 
 
-def train(gpus: int | None, **given: Any) -> None:
+def train(gpus: int | None, restarts: int | None, **given: Any) -> None:
     """Train a GPT-2; writes the run folder with metrics, checkpoints, plots and the training log.
 
     Alone (one rank), with --gpus N, or under a launcher: deepspeed gpt2ds/cli.py train --ds ds_configs/zero2.json
     """
-    from gpt2ds import launcher
+    from gpt2ds.launcher import under_launcher
 
-    if gpus is not None and not launcher.under_launcher():
-        raise SystemExit(launcher.launch(gpus, _without_option(sys.argv[1:], "--gpus")))
+    if under_launcher():
+        if restarts is not None:
+            raise UserError("--restarts is for `gpt2ds train --gpus N`, which starts the launcher itself.")
+    elif gpus is not None or restarts is not None:
+        from gpt2ds.restarts import supervise
+
+        arguments = _without_option(_without_option(sys.argv[1:], "--gpus"), "--restarts")
+        where = {name: given[name] for name in ("out", "name", "resume")}
+        raise SystemExit(supervise(1 if gpus is None else gpus, arguments, **where, restarts=restarts or 0, tell=_tell))
+    from gpt2ds.training.guard import StopSignals
+
+    with StopSignals() as signals:  # from here on a signal costs nothing that was done
+        _train_here(TrainOptions(**given), signals)
+
+
+def _train_here(options: TrainOptions, signals: "StopSignals") -> NoReturn:
+    """This process as a rank of the run."""
     from gpt2ds.devices import prepare_cuda
     from gpt2ds.planning import resolve
 
-    plan = resolve(TrainOptions(**given), ranks=int(os.environ.get("WORLD_SIZE", "1")))
+    plan = resolve(options, ranks=int(os.environ.get("WORLD_SIZE", "1")))
     prepare_cuda()
     if plan.device_kind == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed looks for one, and says so
     from gpt2ds.runlog.report import resume_command, write_report
-    from gpt2ds.training.loop import train as run_training
+    from gpt2ds.training.session import train as run_training
 
     try:
-        outcome = run_training(plan, _recorder, _memory_watch(plan))
+        outcome = run_training(plan, _recorder, signals, _memory_watch(plan))
     except UserError:
         raise
     except Exception:
-        # The log of a run that failed says how; the traceback follows.
+        # The log of a run that failed says how; what went wrong follows.
         if os.environ.get("RANK", "0") == "0" and (plan.folder / "plan.json").exists():
-            write_report(plan.folder)
+            with suppress(OSError):
+                write_report(plan.folder)
         raise
+    code = outcome.exit_code
     if outcome.is_main:
-        print(f"{outcome.reason} at step {outcome.step:,}. Training log: {write_report(outcome.folder)}")
-        if not outcome.completed:
+        print(f"{outcome.ending.reason} at step {outcome.step:,}.", end=" ")
+        try:
+            print(f"Training log: {write_report(outcome.folder)}")
+            outcome.write()
+        except OSError as error:
+            print(f"The training log cannot be written ({error.strerror}): gpt2ds report {plan.run} writes it again.")
+            code = 1
+        if not outcome.ending.completed:
             print(f"Resume with: {resume_command(plan.to_dict())}")
-    raise SystemExit(1 if outcome.failed else 0)
+    raise SystemExit(code)
 
 
 def _train_signature() -> inspect.Signature:
-    """The options of `train`: --gpus, and every field of TrainOptions with the help that stands beside it."""
+    """The options of `train`: --gpus, --restarts, and every field of TrainOptions with the help beside it."""
     about_gpus = typer.Option(
         metavar="N", help="Start N ranks on this machine through the launcher. Default: 1.", rich_help_panel=WHAT
     )
-    annotations: dict[str, Any] = {"gpus": Annotated[int | None, about_gpus]}
-    defaults: dict[str, Any] = {"gpus": None}
+    about_restarts = typer.Option(
+        metavar="N",
+        min=0,
+        help="Start again up to N times when a rank or the launcher dies: from the last complete checkpoint, or from "
+        "the start. Default: 0.",
+        rich_help_panel=WHAT,
+    )
+    annotations: dict[str, Any] = {
+        "gpus": Annotated[int | None, about_gpus],
+        "restarts": Annotated[int | None, about_restarts],
+    }
+    defaults: dict[str, Any] = {"gpus": None, "restarts": None}
     for name, kind in get_type_hints(TrainOptions).items():
         field = TrainOptions.__dataclass_fields__[name]
         metadata = field.metadata
@@ -236,7 +280,7 @@ def prepare(
 
 @app.command()
 def generate(
-    run: RunArgument,
+    run: WeightsArgument,
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 100,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.8,
@@ -254,7 +298,7 @@ def generate(
 
 @app.command()
 def evaluate(
-    run: RunArgument,
+    run: WeightsArgument,
     data: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Default: the run's own validation text.")] = None,
     windows: Annotated[
         int | None, typer.Option(metavar="N", help="Windows looked at, evenly spread. Default: all.")
@@ -268,9 +312,32 @@ def evaluate(
     model, position = load_run(folder, _tell)
     data = data or validation_folder(folder)
     result = validation_loss(model, data, windows=windows, micro_batch=micro_batch)
+    where = f"step {position.step:,}" if position else str(run)
     print(
-        f"step {position.step:,}: validation loss {result.loss:.4f}, perplexity {result.perplexity:.2f} "
+        f"{where}: validation loss {result.loss:.4f}, perplexity {result.perplexity:.2f} "
         f"over {result.windows:,} windows ({result.tokens:,} tokens) of {data}"
+    )
+
+
+@app.command()
+def export(
+    run: WeightsArgument,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where it goes; must be empty or not there.")],
+    checkpoint: Annotated[
+        str, typer.Option(metavar="NAME", help="newest, best (by validation loss), or a checkpoint's name.")
+    ] = "newest",
+    dtype: Annotated[
+        str | None, typer.Option(metavar="TYPE", help="fp32, bf16 or fp16. Default: the checkpoint's.")
+    ] = None,
+) -> None:
+    """Write a run's weights as a folder that Hugging Face's transformers opens, with tokenizer and model card."""
+    from gpt2ds.training.export import export as run_export
+
+    made = run_export(_run_folder(run), out, checkpoint=checkpoint, dtype=dtype, tell=_tell)
+    where = f" at step {made.step:,}" if made.step is not None else ""
+    print(
+        f"{made.folder}: {made.model.name}{where}, {made.model.parameters:,} parameters in {made.dtype}, "
+        f"{made.size_bytes / 1e6:,.1f} MB. In Python: AutoModelForCausalLM.from_pretrained({str(made.folder)!r})"
     )
 
 
@@ -534,12 +601,15 @@ def profiles() -> None:
 
 
 def _tell(sentence: str) -> None:
-    print(sentence, file=sys.stderr)
+    print(readable(sentence), file=sys.stderr)
 
 
 def _run_folder(run: Path) -> Path:
     """The folder itself, or the run of that name below logs/."""
-    return run if run.exists() or not (Path("logs") / run).exists() else Path("logs") / run
+    try:
+        return run if run.exists() or not (Path("logs") / run).exists() else Path("logs") / run
+    except OSError as error:
+        raise UserError(f"{run} cannot be looked into ({error.strerror}): give the path of a run folder.") from error
 
 
 if __name__ == "__main__":

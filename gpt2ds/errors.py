@@ -2,6 +2,8 @@
 their own.
 """
 
+MOST_LINES, MOST_CHARACTERS = 40, 1000
+
 
 class UserError(ValueError):
     """A mistake in what the user gave us; the message says what is wrong and names the fix."""
@@ -17,3 +19,22 @@ class UserError(ValueError):
 
 class MemoryShortageError(Exception):
     """The run could not get the memory it needed; the message names a setting that would fit. Exit code 3."""
+
+
+def readable(message: str) -> str:
+    """A message as a terminal can show it, whatever a stranger's file put into it: no control characters, no line of
+    more than MOST_CHARACTERS, at most MOST_LINES of them.
+    """
+    lines = message.split("\n")
+    cut = [
+        line if len(line) <= MOST_CHARACTERS else f"{line[: MOST_CHARACTERS // 2]} ... {line[-100:]}" for line in lines
+    ]
+    more = [f"  and {len(lines) - MOST_LINES:,} more lines"] if len(lines) > MOST_LINES else []
+    shown = "\n".join(cut[:MOST_LINES] + more)
+    return "".join(
+        char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode() for char in shown
+    )
+
+
+class RankLostError(Exception):
+    """Another rank of the run died or hangs; the message names it and its last step. Exit code 1."""

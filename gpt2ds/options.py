@@ -25,6 +25,7 @@ DEFAULTS: dict[str, tuple[Any, str]] = {
     "evaluation_micro_batch": (8, "without a backward pass 8 windows need less than one window of training"),
     "save_minutes": (30.0, "minutes between checkpoints: what a power cut can cost at most"),
     "keep": (2, "checkpoints kept: one more than needed, should the newest be damaged"),
+    "rank_timeout": (10.0, "minutes; the longest that a micro-batch or a saved tensor may take, with much to spare"),
     "seed": (1337, "of the weights, the data order and dropout"),
     "sample_prompt": ("Fruits are good for you because", "continued at every evaluation, so that progress can be read"),
     "sample_tokens": (48, "tokens of each sample"),
@@ -102,7 +103,8 @@ class TrainOptions:
     sample_tokens: int | None = option(CARE, "N", "Tokens of each sample.")
     save_every: int | None = option(CARE, "STEPS", "Steps between checkpoints, instead of minutes.")
     save_minutes: float | None = option(CARE, "MIN", "Minutes between checkpoints.")
-    keep: int | None = option(CARE, "N", "Checkpoints kept.")
+    keep: int | None = option(CARE, "N", "Newest checkpoints kept; the best by validation loss stays as well.")
+    rank_timeout: float | None = option(CARE, "MIN", "A rank that does not move for so long ends the run.")
     seed: int | None = option(CARE, "N", "Of weights, data order and dropout.")
 
     def get(self, name: str) -> Any:

@@ -91,6 +91,11 @@ class Plan:
         asked = self.options.gpu_memory
         return card_bytes(asked) if asked else min(gpu.total_bytes for gpu in self.machine.gpus)
 
+    @property
+    def rank_timeout_seconds(self) -> float:
+        """A rank that does not move for so long counts as hung."""
+        return float(self.options.get("rank_timeout")) * 60
+
     def ds_config(self) -> dict[str, Any]:
         """The dict that `deepspeed.initialize` is given."""
         return self.profile.ds_config(micro_batch=self.micro_batch, accumulation=self.accumulation, ranks=self.ranks)
@@ -100,9 +105,7 @@ class Plan:
         model = {key: value for key, value in self.model.to_dict().items() if key != "name"}
         return {f"model {key}": value for key, value in model.items()} | {
             "dtype": self.profile.dtype,
-            "ZeRO stage": self.profile.zero_stage,
             "optimizer states": self.profile.states_dtype,
-            "ranks": self.ranks,
             "global batch": self.global_batch,
             "data": self.corpus.digest,
             "seed": self.options.get("seed"),
@@ -113,7 +116,11 @@ class Plan:
         options, profile, schedule, corpus = self.options, self.profile, self.schedule, self.corpus
         gpus = self.machine.gpus
         return {
-            "run": {"name": self.run, "seed": options.get("seed")},
+            "run": {
+                "name": self.run,
+                "seed": options.get("seed"),
+                "rank_timeout_minutes": options.get("rank_timeout"),
+            },
             "model": self.model.to_dict(),
             "batch": {
                 "micro_batch": self.micro_batch,

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from gpt2ds.batch_arithmetic import batch_of
+from gpt2ds.batch_arithmetic import batch_of, largest_divisor
 from gpt2ds.corpus.shards import Corpus, check_ids, open_corpus
 from gpt2ds.devices import (
     CONTEXT_BYTES,
@@ -36,7 +36,7 @@ from gpt2ds.memory.setting import MemorySetting
 from gpt2ds.options import DEFAULTS, PEAK_LR, TrainOptions
 from gpt2ds.plan import Plan, Schedule, count_windows, evaluation_interval, warmup_steps
 from gpt2ds.requirements import disk_problem, host_memory_problem, missing_requirements
-from gpt2ds.run_folder import check_same_run, run_folder
+from gpt2ds.run_folder import check_same_run, earlier_global_batch, run_folder
 
 GIB = 2**30
 
@@ -52,8 +52,13 @@ def resolve(options: TrainOptions, *, ranks: int, machine: Machine | None = None
     """
     machine = machine or this_machine()
     # A resumed run takes from its earlier session what was not asked for now, so this comes before everything else.
+    asked = options
     folder, options, resumed = (options.out, options, False) if only_measured else run_folder(options)
-    return _Planner(options, machine, ranks, only_measured).plan(folder, resumed)
+    planner = _Planner(options, machine, ranks, only_measured)
+    if resumed and asked.accumulation is None:
+        planner.global_batch = earlier_global_batch(folder)
+        planner.micro_batch_is_asked = asked.micro_batch is not None
+    return planner.plan(folder, resumed)
 
 
 class _Planner:
@@ -65,6 +70,9 @@ class _Planner:
         self.ranks = ranks
         self.ranks_here = ranks_here(ranks)
         self.only_measured = only_measured
+        self.global_batch: int | None = None
+        """A resumed run's, which other ranks or micro-batches must come to as well."""
+        self.micro_batch_is_asked = True
         self.notes: list[str] = []
         self.problems: list[str] = []
 
@@ -144,6 +152,7 @@ class _Planner:
         for name in (
             *("micro_batch", "accumulation", "context", "steps", "tokens", "hours", "lr", "keep"),
             *("evaluate_every", "evaluation_windows", "evaluation_micro_batch", "save_every", "save_minutes"),
+            "rank_timeout",
         ):
             value = getattr(self.options, name)
             if value is not None and not 0 < value < math.inf:
@@ -259,9 +268,18 @@ class _Planner:
         return best
 
     def batch(self, model: GPT2Config) -> tuple[int, int]:
-        """(micro_batch, accumulation). A global batch that the profile fixes never changes."""
+        """(micro_batch, accumulation). A global batch that the profile fixes, or an earlier session, never changes."""
+        asked = self.options.micro_batch
+        if self.global_batch and asked and not self.micro_batch_is_asked:
+            asked = largest_divisor(self.global_batch // self.ranks, asked)
         micro_batch, accumulation = batch_of(
-            self.profile, self.ranks, micro_batch=self.options.micro_batch, accumulation=self.options.accumulation
+            self.profile,
+            self.ranks,
+            micro_batch=asked,
+            accumulation=self.options.accumulation,
+            global_batch=self.global_batch,
+            named="The run's global batch of",
+            rounded=True,
         )
         return self.auto_batch(model, accumulation) if micro_batch is None else (micro_batch, accumulation)
 

@@ -118,13 +118,13 @@ def host_memory_problem(parts: dict[str, int], machine: Machine) -> str | None:
 
 
 def checkpoint_bytes(model: GPT2Config, dtype: str) -> int:
-    """The size of one checkpoint: DeepSpeed's weights and ours for inference, fp32 master weights and two moments."""
-    return model.parameters * (2 * DTYPE_BYTES[dtype] + 12)
+    """The size of one checkpoint: weights for inference, fp32 master weights and two moments."""
+    return model.parameters * (DTYPE_BYTES[dtype] + 12)
 
 
 def checkpoints_bytes(model: GPT2Config, dtype: str, keep: int) -> int:
-    """The most that a run's checkpoints take at a time: those that are kept, and the one being written."""
-    return checkpoint_bytes(model, dtype) * (keep + 1)
+    """The most that a run's checkpoints take at a time: the newest, the best, and the one being written."""
+    return checkpoint_bytes(model, dtype) * (keep + 2)
 
 
 def nearest_folder(path: Path) -> Path:
@@ -146,6 +146,6 @@ def disk_problem(folder: Path, model: GPT2Config, dtype: str, keep: int) -> str 
     if free >= needed:
         return None
     return (
-        f"{folder} has room for {free / GIB:.1f} GiB, but {keep} checkpoints of {one / GIB:.1f} GiB and the next one "
-        f"need {needed / GIB:.1f}: choose another --out, or a smaller --keep."
+        f"{folder} has room for {free / GIB:.1f} GiB, but {keep} checkpoints of {one / GIB:.1f} GiB, the best one and "
+        f"the next one need {needed / GIB:.1f}: choose another --out, or a smaller --keep."
     )

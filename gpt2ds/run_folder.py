@@ -1,6 +1,7 @@
 """Which folder a run lives in, and whether what is asked for is the run that is in it already."""
 
 import json
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,18 @@ from gpt2ds.errors import UserError
 from gpt2ds.options import TrainOptions
 from gpt2ds.plan import Plan
 
+# Set by `restarts`: the folder of a run that failed before its first complete checkpoint may be started in again.
+RESTART_VARIABLE = "GPT2DS_RESTART"
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run that were finished, oldest first; whether they are still whole is not looked at."""
+    return sorted(manifest.parent for manifest in folder.glob("checkpoints/step-*/manifest.json"))
+
 
 def newest_run(logs: Path) -> Path | None:
     """The run folder with a complete checkpoint that was started or resumed last."""
-    plans = [path for path in logs.glob("*/plan.json") if any(path.parent.glob("checkpoints/step-*/manifest.json"))]
+    plans = [path for path in logs.glob("*/plan.json") if complete_checkpoints(path.parent)]
     return max(plans, key=lambda path: path.stat().st_mtime).parent if plans else None
 
 
@@ -25,7 +34,9 @@ def run_folder(options: TrainOptions) -> tuple[Path, TrainOptions, bool]:
         if Path(name).name != name or name in (".", ".."):
             raise UserError(f"--name is a name below {options.out}/, not a path: '{name}'.")
         folder = options.out / name
-        if (folder / "plan.json").exists():
+        _check_place(folder)
+        starts_again = bool(os.environ.get(RESTART_VARIABLE)) and not complete_checkpoints(folder)
+        if (folder / "plan.json").exists() and not starts_again:
             raise UserError(
                 f"The run folder {folder} exists already: add --resume to go on with it, or choose another --name."
             )
@@ -34,7 +45,22 @@ def run_folder(options: TrainOptions) -> tuple[Path, TrainOptions, bool]:
     if named is None or not (named / "plan.json").is_file():
         where = f"{named} is no run folder" if named else f"no run below {options.out}/ has a checkpoint"
         raise UserError(f"--resume has nothing to go on with: {where}. Leave --resume out to start a new run.")
-    return named, replace(options.over(_read_plan(named).get("options", {})), name=named.name), True
+    earlier = _read_plan(named).get("options", {})
+    # The global batch stays, and on other ranks that takes another accumulation.
+    earlier = {key: value for key, value in earlier.items() if key != "accumulation"}
+    return named, replace(options.over(earlier), name=named.name), True
+
+
+def _check_place(folder: Path) -> None:
+    """UserError when no folder of that name can be made there, which would show only after everything is loaded."""
+    try:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    except OSError as error:
+        raise UserError(f"No run folder can be named {folder} ({error.strerror}): choose another --name.") from error
+    if not there.is_dir():
+        raise UserError(
+            f"{there} is a file, so the run folder {folder} cannot be made: choose another --out or --name."
+        )
 
 
 def _read_plan(folder: Path) -> dict[str, Any]:
@@ -49,6 +75,12 @@ def _read_plan(folder: Path) -> dict[str, Any]:
     return content
 
 
+def earlier_global_batch(folder: Path) -> int | None:
+    """Sequences per optimizer step of the sessions before; None where the plan does not say."""
+    global_batch = _read_plan(folder).get("identity", {}).get("global batch")
+    return global_batch if isinstance(global_batch, int) and global_batch > 0 else None
+
+
 def check_same_run(plan: Plan) -> None:
     """Raises UserError when the folder belongs to another plan than this one, with what differs."""
     earlier = _read_plan(plan.folder).get("identity", {})
@@ -57,11 +89,6 @@ def check_same_run(plan: Plan) -> None:
         for key, value in plan.identity().items()
         if earlier.get(key) != value
     ]
-    if differing and all(problem.startswith(("ranks", "global batch")) for problem in differing):
-        raise UserError(
-            f"The run {plan.folder} was trained on {earlier['ranks']} ranks: resume it with --gpus {earlier['ranks']} "
-            f"(or --num_gpus {earlier['ranks']} of the launcher)."
-        )
     if differing:
         raise UserError(
             f"The run folder {plan.folder} belongs to another plan: {'; '.join(differing)}. "

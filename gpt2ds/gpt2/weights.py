@@ -25,14 +25,19 @@ def save_weights(path: Path, config: GPT2Config, state: Mapping[str, Tensor]) ->
     """
     from safetensors.torch import save_file
 
-    described = {key: value for key, value in config.to_dict().items() if key != "parameters"}
     temporary = path.with_name(path.name + ".part")
     save_file(
         {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()},
         temporary,
-        metadata={"format": "pt", "gpt2ds": json.dumps(described)},
+        metadata=weights_metadata(config),
     )
     os.replace(temporary, path)
+
+
+def weights_metadata(config: GPT2Config) -> dict[str, str]:
+    """What a weights file's header says of the model that it belongs to."""
+    described = {key: value for key, value in config.to_dict().items() if key != "parameters"}
+    return {"format": "pt", "gpt2ds": json.dumps(described)}
 
 
 def load_model(path: Path, *, dtype: torch.dtype | None = None) -> GPT2:
@@ -50,10 +55,16 @@ def load_model(path: Path, *, dtype: torch.dtype | None = None) -> GPT2:
             known = {field.name for field in fields(GPT2Config)}
             config = GPT2Config(**{key: value for key, value in json.loads(header).items() if key in known})
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (OSError, SafetensorError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, TypeError, ValueError, AttributeError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"Cannot read the weights {path}: {error}") from error
+        raise UserError(f"Cannot read the weights {path}: {_first_line(error)}") from error
+    if "transformer.wte.weight" in state:  # written by `gpt2ds export`
+        state = from_hugging_face(state)
+        if not config.qkv_bias:
+            # Zeros that the export added; others stay, and are reported below.
+            state = {name: x for name, x in state.items() if not name.endswith("attn.c_attn.bias") or x.any()}
+    _check_size(path, config, state)
     with torch.device("meta"):
         model = GPT2(config)
     expected = set(model.state_dict())
@@ -67,6 +78,30 @@ def load_model(path: Path, *, dtype: torch.dtype | None = None) -> GPT2:
     except RuntimeError as error:
         raise UserError(f"{path} holds tensors of other shapes than a {config.name} has.") from error
     return model.eval()
+
+
+def _check_size(path: Path, config: GPT2Config, state: Mapping[str, Tensor]) -> None:
+    """UserError unless the header's size is that of the tensors: a stranger's header must not make us build more."""
+    if problems := config.problems():
+        raise UserError(f"The header of {path} is damaged: {problems[0]}")
+    of_header = (
+        (config.vocab_size, config.emb_dim),
+        (config.context_length, config.emb_dim),
+        config.n_layers,
+    )
+    of_tensors = (
+        *(tuple(state[name].shape) if name in state else None for name in ("wte.weight", "wpe.weight")),
+        sum(name.endswith(".ln_1.weight") for name in state),
+    )
+    if of_header != of_tensors:
+        raise UserError(
+            f"{path} does not hold the tensors of a {config.name}: token and position embedding and the number of "
+            f"layers should be {of_header}, not {of_tensors}."
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def to_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

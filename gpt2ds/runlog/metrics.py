@@ -126,7 +126,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class History:
     """The records as they count: of steps, evaluations and samples the last record of each step, without those beyond
-    the step at which a later session started. Checkpoints: the last of each name. Everything else: all, in order."""
+    the step at which a later session started or to which the run went back. Checkpoints: the last of each name.
+    Everything else: all, in order."""
 
     steps: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
@@ -135,7 +136,7 @@ class History:
     incidents: list[dict[str, Any]]
     starts: list[dict[str, Any]]
     events: list[dict[str, Any]]
-    """Starts, incidents, schedules and ends of all sessions, in the order in which they happened."""
+    """Starts, returns, incidents, schedules and ends of all sessions, in the order in which they happened."""
     schedule: dict[str, Any] | None
     planned_steps: int | None
     """The last total number of steps that a start or a schedule record named."""
@@ -159,6 +160,7 @@ class History:
                 continue
             if kind == "start":
                 memory = end = None
+            if kind in ("start", "return"):
                 for kept in by_step.values():
                     for superseded in [other for other in kept if other > step]:
                         del kept[superseded]
@@ -170,7 +172,7 @@ class History:
                 schedule = record
             elif kind == "checkpoint":
                 checkpoints[str(record.get("name"))] = record
-            if kind in ("start", "incident", "schedule", "end"):
+            if kind in ("start", "return", "incident", "schedule", "end"):
                 events.append(record)
         steps, evaluations, samples = ([kept[step] for step in sorted(kept)] for kept in by_step.values())
         return cls(

@@ -341,11 +341,13 @@ def _checkpoints(history: History) -> list[str]:
 
 
 def _events(history: History) -> list[str]:
-    """Every start, resume, incident, schedule and end, in the order in which they happened."""
+    """Every start, resume, return, incident, schedule and end, in the order in which they happened."""
     rows = []
     for record in history.events:
         if record["kind"] == "start":
             text = f"resumed from {record['resumed_from']}" if record.get("resumed_from") else "started"
+        elif record["kind"] == "return":
+            text = f"went back to {record.get('resumed_from')} from step {record.get('from_step')}"
         elif record["kind"] == "schedule":
             text = f"schedule of {record.get('total_steps') or 0:,} steps: {record.get('reason')}"
         elif record["kind"] == "incident":

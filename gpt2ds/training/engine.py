@@ -4,15 +4,16 @@ References are to deepspeed 0.19.8.
 """
 
 import contextlib
+import io
 import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,9 @@ from gpt2ds.devices import free_port, ranks_here
 from gpt2ds.ds_profile import DsProfile
 from gpt2ds.gpt2.model import GPT2
 from gpt2ds.plan import Plan
+from gpt2ds.training.tensor_file import TensorSpec
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,12 +36,23 @@ class Ranks:
     world_size: int
     local_rank: int
     device: torch.device
+    on_host: dist.ProcessGroup | None = None
+    """Of all ranks, for small messages that must not wait for a GPU; None stands for the group of everything else."""
+
+    def agree(self, *flags: int) -> list[int]:
+        """The largest of all ranks' values of each flag, without waiting for a GPU."""
+        if self.world_size == 1:
+            return list(flags)
+        largest = torch.tensor(flags)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.on_host)
+        return [int(flag) for flag in largest]
 
 
-def start_ranks(device_kind: str, *, memory_cap_bytes: int | None = None) -> Ranks:
+def start_ranks(device_kind: str, *, memory_cap_bytes: int | None = None, timeout_seconds: float = 600.0) -> Ranks:
     """Joins the process group; without a launcher this process becomes the only rank.
 
     memory_cap_bytes: CUDA memory that torch's allocator may reserve, to try a smaller card on a bigger one.
+    timeout_seconds: how long a collective waits for the other ranks.
     """
     if "RANK" not in os.environ:
         # Without these DeepSpeed looks for MPI and dies of its absence (comm/comm.py:898).
@@ -63,9 +78,14 @@ def start_ranks(device_kind: str, *, memory_cap_bytes: int | None = None) -> Ran
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
         deepspeed.init_distributed(
-            dist_backend="nccl" if device_kind == "cuda" else "gloo", verbose=False, timeout=timedelta(minutes=10)
+            dist_backend="nccl" if device_kind == "cuda" else "gloo",
+            verbose=False,
+            timeout=timedelta(seconds=timeout_seconds),
         )
-    return Ranks(rank=dist.get_rank(), world_size=world_size, local_rank=local_rank, device=device)
+    on_host = None
+    if device_kind == "cuda" and world_size > 1:
+        on_host = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+    return Ranks(rank=dist.get_rank(), world_size=world_size, local_rank=local_rank, device=device, on_host=on_host)
 
 
 def stop_ranks() -> None:
@@ -81,6 +101,13 @@ def share(value: Any) -> Any:
     return box[0]
 
 
+def gather_objects(value: T) -> list[T]:
+    """Every rank's value on every rank; also a barrier."""
+    box: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(box, value)
+    return box
+
+
 def gather_numbers(numbers: list[float], device: torch.device) -> list[list[float]]:
     """Every rank's numbers on every rank, in one exchange."""
     own = torch.tensor(numbers, dtype=torch.float64, device=device)
@@ -90,10 +117,35 @@ def gather_numbers(numbers: list[float], device: torch.device) -> list[list[floa
     return rows
 
 
+class _Chatter(io.TextIOBase):
+    """A log file nobody's training depends on: what a full disk does not take is lost."""
+
+    def __init__(self, file: Path) -> None:
+        self._stream: TextIO | None = None
+        with contextlib.suppress(OSError):
+            self._stream = file.open("a", encoding="utf-8", buffering=1)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            if self._stream:
+                self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            if self._stream:
+                self._stream.flush()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            if self._stream:
+                self._stream.close()
+
+
 @contextlib.contextmanager
-def chatter_to(file: Path) -> Iterator[TextIO]:
+def chatter_to(file: Path) -> Iterator[io.TextIOBase]:
     """DeepSpeed's log lines and deprecation warnings go to a file instead of the console; yields the open file."""
-    stream = file.open("a", encoding="utf-8", buffering=1)
+    stream = _Chatter(file)
     handler = logging.StreamHandler(stream)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     library = logging.getLogger("DeepSpeed")
@@ -115,7 +167,7 @@ def chatter_to(file: Path) -> Iterator[TextIO]:
 class TrainingEngine:
     """One model under DeepSpeed: micro-steps, optimizer steps, and the numbers that come out of them."""
 
-    def __init__(self, plan: Plan, ranks: Ranks, chatter: TextIO) -> None:
+    def __init__(self, plan: Plan, ranks: Ranks, chatter: io.TextIOBase | TextIO) -> None:
         """Builds the model on the CPU from the plan's seed, the same on every rank, and hands it to DeepSpeed.
 
         chatter: takes what DeepSpeed prints meanwhile.
@@ -132,6 +184,8 @@ class TrainingEngine:
         self.plan = plan
         self.ranks = ranks
         self.skipped_steps = 0
+        self.on_progress: Callable[[], None] = lambda: None
+        """Told of each forward pass and each tensor saved: whoever watches for a rank that hangs."""
         config = plan.ds_config()
         # The learning rate is ours, step by step. Until the first step it must be 0: in 16 bits ZeRO-0 makes Adam's
         # moments by a step on zero gradients (unfused_optimizer.py:425), which would decay the weights.
@@ -152,6 +206,10 @@ class TrainingEngine:
                 state["step"].zero_()
         # The only setting in which DeepSpeed itself steps on non-finite gradients (engine.py:3505).
         self.plain = plan.profile.zero_stage == 0 and plan.profile.dtype == "fp32"
+        scaler = getattr(self.optimizer, "loss_scaler", None)
+        if scaler is not None and hasattr(scaler, "raise_error_at_min_scale"):
+            # Else a run in fp16 ends there (loss_scaler.py:225); what to do then is for the loop to say.
+            scaler.raise_error_at_min_scale = False
         self.engine.train()
 
     @property
@@ -164,6 +222,7 @@ class TrainingEngine:
         """Forward and backward of one micro-batch (B, T); returns its mean loss, still on the device."""
         loss: Tensor = self.engine(ids, targets)
         self.engine.backward(loss)
+        self.on_progress()
         return loss.detach()
 
     def end_micro_step(self) -> None:
@@ -219,23 +278,32 @@ class TrainingEngine:
     def loss_of(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Mean loss of (B, T) without gradients; every rank must call this equally often under ZeRO-3."""
         loss: Tensor = self.engine(ids, targets)
+        self.on_progress()
         return loss
 
     def last_logits(self, ids: Tensor) -> Tensor:
         """Logits (B, 1, V) of the next token; every rank must call this equally often under ZeRO-3."""
         logits: Tensor = self.engine(ids, last_only=True)
+        self.on_progress()
         return logits
 
-    def gathered_weights(self) -> dict[str, Tensor] | None:
-        """The weights in the compute dtype on the CPU, on rank 0 (None elsewhere); gathered one by one under ZeRO-3."""
+    def weight_specs(self) -> list[TensorSpec]:
+        """Names, types and shapes of what `gathered_weights` yields, in its order."""
+        return [
+            TensorSpec(name, parameter.dtype, tuple(getattr(parameter, "ds_shape", parameter.shape)))
+            for name, parameter in self.module.named_parameters()
+        ]
+
+    def gathered_weights(self) -> Iterator[tuple[str, Tensor | None]]:
+        """The weights in the compute dtype one after the other on rank 0 (None elsewhere); called by all ranks.
+
+        Under ZeRO-3 each is gathered for as long as it is looked at.
+        """
         import deepspeed
 
-        weights = {}
         for name, parameter in self.module.named_parameters():
             with deepspeed.zero.GatheredParameters([parameter], enabled=self.plan.profile.zero_stage == 3):
-                if self.ranks.rank == 0:
-                    weights[name] = parameter.detach().cpu().clone()
-        return weights if self.ranks.rank == 0 else None
+                yield name, parameter.detach() if self.ranks.rank == 0 else None
 
     def memory(self) -> tuple[int, int | None]:
         """(bytes in use at the peak, bytes reserved) of this rank: CUDA's allocator, or the resident size on a CPU."""

@@ -1,38 +1,63 @@
-"""What can end a run early: signals, the clock, and steps that stay non-finite. Sets flags; the loop acts on them
-together.
+"""What can end a run from outside: signals, a launcher that is gone, the clock. Sets flags; the loop acts on them
+together. Imports nothing heavy, so that signals are caught from the first moment on.
 """
 
 import signal
+import threading
 import time
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-# So many steps in a row without a finite gradient are no accident of one batch.
-NON_FINITE_STEPS_MOST = 25
+# In place of a signal's number: the launcher has died, which no signal tells.
+LAUNCHER_GONE = 1000
+
+# What schedulers grant between SIGTERM and SIGKILL, where nobody asked for more (Slurm's KillWait).
+GRACE_SECONDS = 30.0
+
+
+def name_of(received: int) -> str:
+    """What ended a run, for the log."""
+    return "the launcher is gone" if received == LAUNCHER_GONE else f"interrupted by {signal.Signals(received).name}"
 
 
 class StopSignals:
-    """While active, SIGINT and SIGTERM only set a flag; a second SIGINT leaves at once.
+    """While active, SIGINT, SIGTERM and SIGHUP ask for a stop and SIGUSR1 for a checkpoint; a second SIGINT leaves at
+    once.
 
     The launcher signals its ranks one after the other, so a handler must not talk to other ranks: the loop exchanges
-    the flag at the next step and all ranks stop at the same one.
+    the flags at the next micro-batch, and all ranks stop at the same one. A SIGHUP that nohup has switched off stays
+    so.
     """
 
     def __init__(self) -> None:
         self.received: int = 0
+        self.save_wanted = False
         self._earlier: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignals":
-        for number in STOP_SIGNALS:
-            self._earlier[number] = signal.signal(number, self._receive)
+        if threading.current_thread() is not threading.main_thread():
+            return self  # Python gives signals to the main thread only
+        for number in (*STOP_SIGNALS, signal.SIGUSR1):
+            earlier = signal.getsignal(number)
+            if number == signal.SIGHUP and earlier == signal.SIG_IGN:
+                continue
+            self._earlier[number] = earlier
+            signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._earlier.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
+    def launcher_gone(self) -> None:
+        """From the thread that watches it."""
+        self.received = self.received or LAUNCHER_GONE
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGUSR1:
+            self.save_wanted = True
+            return
         if self.received == signal.SIGINT == number:
             raise KeyboardInterrupt
         self.received = self.received or number
@@ -49,15 +74,3 @@ class Clock:
     def elapsed_seconds(self) -> float:
         """Seconds of this session and the earlier ones."""
         return self._earlier + time.monotonic() - self._start
-
-
-class Finiteness:
-    """Counts steps that were left out because a gradient was not finite."""
-
-    def __init__(self) -> None:
-        self.in_a_row = 0
-
-    def saw(self, taken: bool) -> bool:
-        """Notes one step; False when too many in a row were left out for the run to make sense."""
-        self.in_a_row = 0 if taken else self.in_a_row + 1
-        return self.in_a_row < NON_FINITE_STEPS_MOST

@@ -1,4 +1,4 @@
-"""What a finished or running run's weights say: generated text and the validation loss, without DeepSpeed."""
+"""What the weights of a run, or exported ones, say: generated text and the validation loss, without DeepSpeed."""
 
 import json
 import math
@@ -15,8 +15,8 @@ from gpt2ds.errors import UserError
 from gpt2ds.gpt2.generate import sample_tokens
 from gpt2ds.gpt2.model import GPT2
 from gpt2ds.gpt2.weights import load_model
-from gpt2ds.training.checkpoints import Position, newest_weights
 from gpt2ds.training.evaluation import to_device
+from gpt2ds.training.manifest import WEIGHTS, Position, best_name, newest_weights, verify
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,16 +33,49 @@ class ValidationResult:
         return math.exp(self.loss)
 
 
-def load_run(run: Path, tell: Callable[[str], None]) -> tuple[GPT2, Position]:
+def load_run(run: Path, tell: Callable[[str], None]) -> tuple[GPT2, Position | None]:
     """The model of a run's newest checkpoint whose weights hold, on the GPU if there is one, and where it stood.
 
-    tell: told of newer checkpoints that are passed over. Raises UserError when the run has none.
+    run: a run folder; or what `gpt2ds export` wrote, or a weights file of ours alone, which stand nowhere in a run.
+    tell: told of newer checkpoints that are passed over. Raises UserError when there are no weights.
     """
-    if not (run / "plan.json").is_file():
-        raise UserError(f"{run} is not a run folder (no plan.json): give the path of one, or its name below logs/.")
-    path, position = newest_weights(run, tell)
+    path, position = chosen_weights(run, "newest", tell)
     model = load_model(path)
     return (model.cuda() if torch.cuda.is_available() else model), position
+
+
+def chosen_weights(run: Path, checkpoint: str, tell: Callable[[str], None]) -> tuple[Path, Position | None]:
+    """The weights file of a run's checkpoint, and where it stood; of an exported folder or a lone file, None.
+
+    checkpoint: `newest`, `best` (by validation loss) or the name of one. Raises UserError when there is none such.
+    """
+    if not (run / "plan.json").is_file():
+        path = run if run.is_file() else run / WEIGHTS
+        if not path.is_file():
+            raise UserError(
+                f"{run} is not a run folder (no plan.json), an exported folder (no {WEIGHTS}) or a weights file: give "
+                "the path of one, or a run's name below logs/."
+            )
+        if checkpoint != "newest":
+            raise UserError(f"{run} is no run folder, so it has no checkpoint '{checkpoint}': leave --checkpoint out.")
+        return path, None
+    if checkpoint == "newest":
+        return newest_weights(run, tell)
+    folder = run / "checkpoints"
+    # Names come from the folder alone: what is asked for is only compared with them, so it leads nowhere else.
+    names = sorted(path.name for path in folder.glob("step-*") if path.is_dir())
+    if checkpoint == "best" and (checkpoint := best_name(folder) or "") not in names:
+        raise UserError(
+            f"No checkpoint of {run} was saved at a step with a validation loss, so none is known to be the best: "
+            "leave --checkpoint out for the newest."
+        )
+    if checkpoint not in names:
+        raise UserError(f"{run} has no checkpoint '{checkpoint}': it is newest, best or one of {', '.join(names)}.")
+    try:
+        manifest = verify(folder / checkpoint, WEIGHTS)
+    except ValueError as damage:
+        raise UserError(f"Checkpoint {checkpoint} of {run} cannot be used: {damage}. Take the newest.") from damage
+    return folder / checkpoint / WEIGHTS, manifest.position
 
 
 def continue_text(
@@ -52,8 +85,10 @@ def continue_text(
 
     Raises UserError for values that make no sense.
     """
-    if tokens < 1 or temperature < 0 or (top_k is not None and top_k < 1):
-        raise UserError("--tokens must be at least 1, --temperature and --top-k must not be negative.")
+    if tokens < 1 or not 0 <= temperature < math.inf or (top_k is not None and top_k < 1):
+        raise UserError("--tokens must be at least 1, --temperature 0 or more and finite, --top-k not negative.")
+    if not abs(seed) < 2**63:
+        raise UserError("--seed must be a number of at most 63 bits.")
     tokenizer = load_tokenizer()
     pending = b""
     for token in sample_tokens(

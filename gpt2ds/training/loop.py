@@ -1,16 +1,12 @@
-"""The training loop: from a plan to the last checkpoint, read from top to bottom like the run it describes."""
+"""The training loop: from the first step to the last checkpoint, read from top to bottom like the run it describes."""
 
 import json
 import math
-import os
 import platform
 import shlex
-import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,109 +16,41 @@ import torch
 
 from gpt2ds import __version__
 from gpt2ds.corpus.batches import Batches, Windows
-from gpt2ds.devices import card_bytes
-from gpt2ds.errors import MemoryShortageError, UserError
 from gpt2ds.files import write_atomically
-from gpt2ds.options import DEFAULTS
 from gpt2ds.plan import Plan, evaluation_interval
-from gpt2ds.runlog.metrics import NullLog, Recorder
+from gpt2ds.runlog.metrics import Recorder
 from gpt2ds.training import checkpoints
-from gpt2ds.training.engine import TrainingEngine, chatter_to, gather_numbers, share, start_ranks, stop_ranks
+from gpt2ds.training.data_position import DataPosition
+from gpt2ds.training.diagnosis import diagnose
+from gpt2ds.training.engine import TrainingEngine, gather_numbers, share
 from gpt2ds.training.evaluation import Evaluation, sample_text, to_device
-from gpt2ds.training.guard import Clock, Finiteness, StopSignals
-from gpt2ds.training.memory_watch import AllocatorWatch, MemoryWatch, StepPeaks
-from gpt2ds.training.out_of_memory import explain, is_out_of_memory
+from gpt2ds.training.guard import GRACE_SECONDS, Clock, StopSignals, name_of
+from gpt2ds.training.health import RETURNS_MOST, Health
+from gpt2ds.training.manifest import Position
+from gpt2ds.training.memory_watch import MemoryWatch, StepPeaks
 from gpt2ds.training.schedule import LearningRate
+from gpt2ds.training.time_budget import TimeBudget
 
-# Under --hours the number of steps is estimated once so much of the time has gone, but not before so many steps.
-ESTIMATE_AFTER_FRACTION = 0.01
-ESTIMATE_AFTER_STEPS = 5
+# The first checkpoint of a session comes early: a disk that does not take it is found out, and what one takes is known.
+FIRST_SAVE_SECONDS = 180.0
 
-# Of the time, kept free for checkpoints in that estimate; what one takes is not known before the first.
-CHECKPOINTS_SHARE = 0.02
+# Where nobody says how often to save, saving takes at most so much of the time.
+SAVING_SHARE = 0.02
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
-    """How a run ended, on every rank."""
+class Ending:
+    """How a run ended."""
 
     reason: str
-    step: int
-    completed: bool
-    """False when a signal or non-finite steps ended it before its time."""
-    failed: bool
-    is_main: bool
-    """Whether this process is rank 0, the one that speaks."""
-    folder: Path
+    completed: bool = False
+    """False when a signal or something that went wrong ended it before its time."""
+    failed: bool = False
+    weights_good: bool = True
+    """False when what the run would save is what went wrong."""
 
 
-def train(plan: Plan, recorder_for: Callable[[Plan], Recorder], watch: MemoryWatch | None = None) -> Outcome:
-    """Runs the plan on all ranks together.
-
-    recorder_for: makes rank 0's recorder once the run folder is there. watch: measures this rank's memory; by default
-    CUDA's allocator does, and on a CPU nobody. Raises UserError when a resume is not possible, and whatever the engine
-    raises; the log then ends with the reason.
-    """
-    cap = card_bytes(plan.options.gpu_memory) if plan.options.gpu_memory else None
-    try:
-        ranks = start_ranks(plan.device_kind, memory_cap_bytes=cap)
-        # Folder names carry the time and memory can differ between cards: one plan must count, and it is rank 0's.
-        plan = share(plan)
-    except Exception as error:
-        if answer := _answer(error, plan, int(os.environ["RANK"]), "while starting"):
-            raise answer from error
-        raise
-    if watch is None and plan.device_kind == "cuda":
-        watch = AllocatorWatch()
-    recorder: Recorder = NullLog()
-    plan.folder.mkdir(parents=True, exist_ok=True)
-    if ranks.rank == 0:
-        recorder = recorder_for(plan)
-    chatter_file = plan.folder / "deepspeed.log"
-    with closing(recorder), chatter_to(chatter_file) as chatter, StopSignals() as signals, watch or nullcontext():
-        run = None
-        try:
-            run = _Run(plan, TrainingEngine(plan, ranks, chatter), recorder, signals, watch)
-            reason, completed, failed = run.go()
-        except UserError:
-            raise  # a resume that is refused: the run is as it was
-        except BaseException as error:
-            step, totals = (run.step, run.totals()) if run else (0, {"tokens": 0, "elapsed_seconds": 0.0})
-            answer = _answer(error, plan, ranks.rank, run.doing if run else "building the engine")
-            with suppress(OSError):  # on a full disk the first error is the one to see
-                if run:
-                    run.compare_memory()
-                if answer:
-                    recorder.record("incident", step, what=" ".join(str(answer).splitlines()))
-                reason = "out of memory" if answer else _first_line(error)
-                recorder.record("end", step, reason=f"failed: {reason}", **totals)
-            # Without leaving the group in good order: the other ranks may wait in the middle of a collective.
-            if answer:
-                raise answer from error
-            raise
-        run.end_watch()
-        run.compare_memory()
-        recorder.record("end", run.step, reason=reason, **run.totals())
-        stop_ranks()
-    return Outcome(
-        reason=reason,
-        step=run.step,
-        completed=completed,
-        failed=failed,
-        is_main=ranks.rank == 0,
-        folder=plan.folder,
-    )
-
-
-def _answer(error: BaseException, plan: Plan, rank: int, doing: str) -> MemoryShortageError | None:
-    """What to tell the user when memory ran out; None for any other error."""
-    if not is_out_of_memory(error):
-        return None
-    saved = checkpoints.newest_name(plan.folder / "checkpoints")
-    return MemoryShortageError(explain(error, plan, rank=rank, doing=doing, checkpoint=saved))
-
-
-class _Run:
+class Run:
     """The state of a run between two steps."""
 
     def __init__(
@@ -135,10 +63,13 @@ class _Run:
     ) -> None:
         self.plan = plan
         self.engine = engine
-        self.recorder = recorder
         self.signals = signals
+        self.stop_agreed = 0
         self.watch = watch
         self.peaks = StepPeaks()
+        self._recorder = recorder
+        self._log_error: OSError | None = None
+        self.checkpoints = plan.folder / "checkpoints"
         ranks = engine.ranks
         self.batches = Batches(
             Windows(plan.corpus.train, plan.context),
@@ -155,22 +86,29 @@ class _Run:
         )
         self.rate = LearningRate.of(plan.schedule)
         self.evaluate_every = plan.evaluate_every
-        self.finiteness = Finiteness()
-        self.doing = "starting"
-        self.taken = True
-        self.step = 0
+        self.health = Health()
+        self.budget = TimeBudget(plan)
         self.clock = Clock()
-        self.step_seconds: list[float] = []
+        self.doing = "starting"
+        self.step = 0
+        self.data = DataPosition(plan.global_batch)
+        self.returns = 0
+        self.returns_without_progress = 0
+        self.trouble_at = 0
         self.saved_at_step = -1
         self.saved_at = time.monotonic()
+        self.save_seconds: float | None = None
         self.evaluated_at = -1
+        self.val_loss: float | None = None
+        self.best_val_loss = math.inf
         self.speed_measured = False
-        self.evaluation_seconds = 0.0
 
-    @property
-    def sequences_seen(self) -> int:
-        """The data position: skipped steps use up their sequences as well."""
-        return self.step * self.plan.global_batch
+    def record(self, kind: str, **fields: Any) -> None:
+        """One line of the log. A log that cannot be written is remembered: all ranks stop together at the next step."""
+        try:
+            self._recorder.record(kind, self.step, **fields)
+        except OSError as error:
+            self._log_error = error
 
     def totals(self) -> dict[str, Any]:
         """What the run has done so far, over all sessions."""
@@ -179,27 +117,27 @@ class _Run:
             "elapsed_seconds": round(self.clock.elapsed_seconds, 3),
         }
 
-    def go(self) -> tuple[str, bool, bool]:
-        """Trains to the end; returns (reason, completed, failed)."""
+    def go(self) -> Ending:
+        """Trains to the end."""
         self.start()
         if self.step == 0 or self._evaluation_due():
             self.evaluate()
-        reason, completed, failed = self.until_end()
-        if not failed:
-            if self.evaluated_at != self.step and completed:
-                self.evaluate()
-            if self.saved_at_step != self.step:
-                self.save()
-        return reason, completed, failed
+        ending = self.until_end()
+        if not ending.weights_good:
+            return ending
+        if self.evaluated_at != self.step and ending.completed:
+            self.evaluate()
+        if self.saved_at_step != self.step and not self.save():
+            return Ending(reason=f"failed: {ending.reason}, but the last checkpoint could not be written", failed=True)
+        return ending
 
     def start(self) -> None:
         """Takes up an earlier session's state where there is one, and opens the log."""
         resumed_from = None
         passed_over: list[str] = []
         if self.plan.resumed:
-            resumed_from, position = checkpoints.load(self.engine, self.plan.folder / "checkpoints", passed_over.append)
-            self.step = self.saved_at_step = position.step
-            self.evaluated_at = position.evaluated_at
+            resumed_from, position = checkpoints.load(self.engine, self.checkpoints, passed_over.append)
+            self._go_on_from(position)
             self.clock = Clock(position.elapsed_seconds)
             # The schedule goes on as it was decided, unless another one is asked for now.
             if position.schedule == asdict(self.plan.schedule):
@@ -209,9 +147,8 @@ class _Run:
         if self.engine.ranks.rank == 0:
             # Only now that nothing can be refused any more: an earlier session's plan stays until then.
             _write_plan(self.plan)
-        self.recorder.record(
+        self.record(
             "start",
-            self.step,
             resumed_from=resumed_from,
             command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             ranks=self.plan.ranks,
@@ -222,29 +159,43 @@ class _Run:
             notes=list(self.plan.notes),
         )
         for sentence in passed_over:
-            self.recorder.record("incident", self.step, what=sentence)
+            self.record("incident", what=sentence)
 
-    def until_end(self) -> tuple[str, bool, bool]:
+    def _go_on_from(self, position: Position) -> None:
+        self.step = self.saved_at_step = position.step
+        self.data = DataPosition(self.plan.global_batch, position.sequences_seen, position.passed_over)
+        self.returns = position.returns
+        self.evaluated_at = position.evaluated_at
+        self.val_loss = position.val_loss
+
+    def until_end(self) -> Ending:
         """Step after step, until the steps, the time or the user's patience are used up."""
         while self.rate.total_steps is None or self.step < self.rate.total_steps:
-            received, time_used, save_due = self.one_step()
-            if not self.finiteness.saw(self.taken):
-                return f"failed: the gradient was not finite in {self.finiteness.in_a_row} steps in a row", False, True
-            self.fit_to_time(time_used)
-            if received and self.step != self.rate.total_steps:
-                return f"interrupted by {signal.Signals(received).name}", False, False
-            if time_used >= 1.0:
-                return "time budget reached", True, False
+            seen = self.one_step()
+            if seen is None:
+                return self._interrupted()
+            if seen.log_lost:
+                return Ending(reason=f"failed: the log cannot be written ({self._log_error})", failed=True)
+            if trouble := self.health.saw(seen.loss, seen.taken):
+                if ending := self.go_back(trouble):
+                    return ending
+                continue
+            self.fit_to_time(seen.time_used)
+            if seen.stop and self.step != self.rate.total_steps:
+                return self._interrupted()
+            if seen.time_used >= 1.0:
+                return Ending(reason="time budget reached", completed=True)
             if self._evaluation_due():
                 self.evaluate()
-            if save_due:
+            if seen.save_due or self._best_can_be_saved():
                 self.save()
-        return "completed", True, False
+        return Ending(reason="completed", completed=True)
 
-    def one_step(self) -> tuple[int, float, bool]:
-        """One optimizer step; returns what all ranks agree on: (signal or 0, share of the time used, whether to
-        save).
-        """
+    def _interrupted(self) -> Ending:
+        return Ending(reason=name_of(self.stop_agreed))
+
+    def one_step(self) -> "StepSeen | None":
+        """One optimizer step; None when a stop was asked for in the middle of it, and its data waits for the resume."""
         plan, engine, device = self.plan, self.engine, self.engine.ranks.device
         self.doing = f"in step {self.step + 1}"
         start = time.monotonic()
@@ -254,13 +205,18 @@ class _Run:
             # Dropout as a function of the step: a resumed run drops the same units, and no random state needs saving.
             torch.manual_seed(hash((plan.options.get("seed"), self.step, engine.ranks.rank)) % 2**63)
         loss = torch.zeros((), device=device)
-        for number, window in enumerate(self.batches.micro_batches(self.sequences_seen)):
+        for number, window in enumerate(self.batches.micro_batches(self.data.next_step())):
             if number:
+                # One step of half a million tokens can take 40 s on one card: too long for who waits for the end.
+                (self.stop_agreed,) = engine.ranks.agree(self.signals.received)
+                if self.stop_agreed:
+                    return None
                 engine.end_micro_step()
             ids, targets = to_device(window, device)
             loss += engine.micro_step(ids, targets)
-        grad_norm, self.taken = engine.optimizer_step(lr)
+        grad_norm, taken = engine.optimizer_step(lr)
         self.step += 1
+        self.data.advance()
 
         in_use, reserved = engine.memory()
         rows = gather_numbers(
@@ -269,10 +225,11 @@ class _Run:
                 self.signals.received,
                 in_use,
                 -1 if reserved is None else reserved,
-                self._time_used(),
+                self.budget.used(self.clock.elapsed_seconds),
                 self._save_due(),
                 self.watch.end_step() if self.watch else 0,
                 outside,
+                self._log_error is not None,
             ],
             device,
         )
@@ -281,15 +238,14 @@ class _Run:
         )
         if self.watch:
             held = None if reserved is None else reserved_by_rank
-            self.peaks.add(watched, held, outside_by_rank, taken=self.taken)
+            self.peaks.add(watched, held, outside_by_rank, taken=taken)
         seconds = time.monotonic() - start
-        self.step_seconds.append(seconds)
+        self.budget.step_seconds.append(seconds)
         mean_loss = statistics.fmean(row[0] for row in rows)
         speed = plan.tokens_per_step / seconds
         flops = plan.model.flops_per_token(plan.context) * speed
-        self.recorder.record(
+        self.record(
             "step",
-            self.step,
             loss=mean_loss,
             lr=lr,
             grad_norm=grad_norm,
@@ -303,14 +259,66 @@ class _Run:
             loss_scale=engine.loss_scale,
             **self.totals(),
         )
-        if not self.taken:
+        if not taken:
             culprits = [str(rank) for rank, row in enumerate(rows) if not math.isfinite(row[0])]
             cause = (
                 f"the loss of rank {', '.join(culprits)} was not finite" if culprits else "a gradient was not finite"
             )
-            self.recorder.record("incident", self.step, what=f"Step {self.step} was left out: {cause}.")
-        received = int(max(row[1] for row in rows))
-        return received, rows[0][4], rows[0][5] > 0
+            self.record("incident", what=f"Step {self.step} was left out: {cause}.")
+        self.stop_agreed = int(max(row[1] for row in rows))
+        return StepSeen(
+            loss=mean_loss,
+            taken=taken,
+            stop=bool(self.stop_agreed),
+            time_used=rows[0][4],
+            save_due=max(row[5] for row in rows) > 0,
+            log_lost=rows[0][8] > 0,
+        )
+
+    def go_back(self, trouble: str) -> Ending | None:
+        """To the last checkpoint before the trouble, passing over the data that did it; an ending when that is no use.
+
+        Called by all ranks together.
+        """
+        last = self.step
+        first = last - self.health.steps_in_trouble + 1
+        lr = self.rate.at(first - 1)
+        guilty = self.data.of_steps(self.health.steps_in_trouble)
+        self.doing = f"going back before step {first}"
+        ending = Ending(
+            reason=f"failed: {trouble[0].lower()}{trouble[1:].rstrip('.')}", failed=True, weights_good=False
+        )
+        passed_over: list[str] = []
+        found = checkpoints.load_before(self.engine, self.checkpoints, passed_over.append, first)
+        for sentence in passed_over:
+            self.record("incident", what=sentence)
+        if found is None or self.returns_without_progress == RETURNS_MOST:
+            why = f"{RETURNS_MOST} returns did not help" if found else "there is no checkpoint to go back to"
+            self.record("incident", what=f"{trouble} The run ends, because {why}.")
+            self.diagnose(guilty[0], lr)
+            return ending
+        name, position = found
+        returns = self.returns + 1
+        self._go_on_from(position)
+        self.returns = returns
+        self.data.pass_over(*guilty)
+        self.returns_without_progress += 1
+        self.trouble_at = max(self.trouble_at, last)
+        self.health.forget_trouble()
+        self.record("return", resumed_from=name, from_step=last)
+        self.record(
+            "incident",
+            what=f"{trouble} The run went back from step {last} to {name} and passes over the "
+            f"{guilty[1] - guilty[0]:,} sequences of steps {first} to {last}.",
+        )
+        return None
+
+    def diagnose(self, sequences_seen: int, lr: float) -> None:
+        """What went wrong, for the log; the engine is of no use afterwards."""
+        self.doing = "looking for the first tensor that is not finite"
+        diagnosis = diagnose(self.engine, self.batches.micro_batches(sequences_seen), lr)
+        self.record("diagnosis", **diagnosis.to_dict())
+        self.record("incident", what=diagnosis.sentence())
 
     def end_watch(self) -> None:
         """What the last evaluation and checkpoint took, of every rank."""
@@ -323,23 +331,39 @@ class _Run:
         check = self.peaks.check(self.plan)
         if check is None:
             return
-        self.recorder.record("memory", self.step, **check.to_dict())
+        self.record("memory", **check.to_dict())
         if wrong := check.incident():
-            self.recorder.record("incident", self.step, what=wrong)
+            self.record("incident", what=wrong)
 
     def _evaluation_due(self) -> bool:
         every = self.evaluate_every
         return bool(every) and self.step % (every or 1) == 0 and self.evaluated_at != self.step
 
-    def _time_used(self) -> float:
-        hours = self.plan.schedule.hours
-        return self.clock.elapsed_seconds / (hours * 3600) if hours else 0.0
-
-    def _save_due(self) -> float:
+    def _save_due(self) -> bool:
         options = self.plan.options
+        if self.signals.save_wanted:
+            return True
         if options.save_every:
-            return float(self.step % options.save_every == 0)
-        return float(time.monotonic() - self.saved_at >= options.get("save_minutes") * 60)
+            return self.step % options.save_every == 0
+        return time.monotonic() - self.saved_at >= self._save_interval_seconds()
+
+    def _save_interval_seconds(self) -> float:
+        options = self.plan.options
+        wanted: float = options.get("save_minutes") * 60
+        if options.save_minutes:
+            return wanted
+        if self.save_seconds is None:
+            return min(FIRST_SAVE_SECONDS, wanted)
+        return max(wanted, self.save_seconds / SAVING_SHARE)
+
+    def _best_can_be_saved(self) -> bool:
+        """Whether these weights are the best so far and saving them would not cost more than its share of the time."""
+        if self.evaluated_at != self.step or self.val_loss is None or self.val_loss > self.best_val_loss:
+            return False
+        since = time.monotonic() - self.saved_at
+        cheap = self.save_seconds is not None and since >= self.save_seconds / SAVING_SHARE
+        # Rank 0's clock decides for all.
+        return bool(share(cheap))
 
     def fit_to_time(self, time_used: float) -> None:
         """Under --hours: turns the time into a number of steps, once, the same on all ranks.
@@ -347,12 +371,13 @@ class _Run:
         Warm-up-stable-decay leaves its end open then, and decides it by the clock when the decay is due.
         """
         schedule = self.plan.schedule
-        if schedule.hours is None or self.rate.total_steps is not None or len(self.step_seconds) < ESTIMATE_AFTER_STEPS:
+        if schedule.hours is None or self.rate.total_steps is not None:
             return
-        decay_due = schedule.kind == "wsd" and time_used >= 1 - schedule.decay_fraction
-        if not decay_due and (self.speed_measured or time_used < ESTIMATE_AFTER_FRACTION):
+        decay_due = self.budget.decay_due(time_used)
+        if not decay_due and (self.speed_measured or not self.budget.estimate_due(time_used)):
             return
-        seconds, total = share(self._steps_in_time())
+        seconds, left = share(self.budget.steps_left(self.clock.elapsed_seconds, self.evaluate_every))
+        total = self.step + left
         if not self.speed_measured:
             self.speed_measured = True
             self.evaluate_every = self.evaluate_every or evaluation_interval(total)
@@ -364,22 +389,7 @@ class _Run:
             reason = f"the decay starts at {1 - schedule.decay_fraction:.0%} of {schedule.hours:g} hours"
         elif schedule.kind != "wsd":
             self.rate = self.rate.ending_at(total, schedule.decay_fraction)
-        self.recorder.record(
-            "schedule", self.step, total_steps=total, warmup_steps=self.rate.warmup_steps, reason=reason
-        )
-
-    def _steps_in_time(self) -> tuple[float, int]:
-        """(seconds of a step, number of the last step that still ends in time), as rank 0's clock has it."""
-        budget = (self.plan.schedule.hours or 0.0) * 3600
-        left = budget - self.clock.elapsed_seconds - self.evaluation_seconds  # one evaluation comes after the last step
-        if left > self.plan.options.get("save_minutes") * 60:
-            left *= 1 - CHECKPOINTS_SHARE
-        seconds = statistics.median(self.step_seconds[1:])  # the first step warms caches up
-        if self.evaluate_every:
-            seconds += self.evaluation_seconds / self.evaluate_every
-        else:
-            left -= min(left / 2, left / budget * DEFAULTS["evaluations"][0] * self.evaluation_seconds)
-        return seconds, self.step + max(1, int(left / seconds))
+        self.record("schedule", total_steps=total, warmup_steps=self.rate.warmup_steps, reason=reason)
 
     def evaluate(self) -> None:
         """Validation loss and a sample of text, by all ranks together."""
@@ -388,36 +398,78 @@ class _Run:
         start = time.monotonic()
         loss = self.evaluation.loss(self.engine)
         seconds = time.monotonic() - start
-        self.recorder.record(
-            "evaluation", self.step, val_loss=loss, windows=len(self.evaluation.chosen), seconds=round(seconds, 3)
-        )
+        self.record("evaluation", val_loss=loss, windows=len(self.evaluation.chosen), seconds=round(seconds, 3))
         prompt = options.get("sample_prompt")
         text = sample_text(
             self.engine, prompt, tokens=options.get("sample_tokens"), seed=options.get("seed") + self.step
         )
-        self.recorder.record("sample", self.step, prompt=prompt, text=text)
-        self.evaluated_at = self.step
-        self.evaluation_seconds = time.monotonic() - start
+        self.record("sample", prompt=prompt, text=text)
+        self.evaluated_at, self.val_loss = self.step, loss
+        self.budget.evaluation_seconds = time.monotonic() - start
 
-    def save(self) -> None:
-        """A checkpoint, by all ranks together."""
+    def save(self) -> bool:
+        """A checkpoint, by all ranks together; False when it could not be written, and the earlier ones stay."""
         self.doing = f"saving at step {self.step}"
-        position = checkpoints.Position(
+        self.signals.save_wanted = False
+        position = Position(
             step=self.step,
-            sequences_seen=self.sequences_seen,
+            sequences_seen=self.data.sequences_seen,
+            passed_over=self.data.passed_over,
             elapsed_seconds=self.clock.elapsed_seconds,
             skipped_steps=self.engine.skipped_steps,
+            returns=self.returns,
             learning_rate=asdict(self.rate),
             evaluate_every=self.evaluate_every,
             speed_measured=self.speed_measured,
             schedule=asdict(self.plan.schedule),
             evaluated_at=self.evaluated_at,
+            val_loss=self.val_loss if self.evaluated_at == self.step else None,
         )
-        name, size, seconds = checkpoints.save(
-            self.engine, self.plan.folder / "checkpoints", position, self.plan.options.get("keep")
-        )
-        self.recorder.record("checkpoint", self.step, name=name, bytes=size, seconds=round(seconds, 3))
-        self.saved_at_step, self.saved_at = self.step, time.monotonic()
+        try:
+            name, size, seconds = checkpoints.save(
+                self.engine, self.checkpoints, position, self.plan.options.get("keep"), _versions()
+            )
+        except checkpoints.SaveError as error:
+            self.saved_at = time.monotonic()
+            self.record(
+                "incident",
+                what=f"The checkpoint of step {self.step} could not be written: {error}. The earlier ones are as they "
+                "were; training goes on, and the next one is tried when it is due.",
+            )
+            return False
+        self.record("checkpoint", name=name, bytes=size, seconds=round(seconds, 3))
+        if self.save_seconds is None:
+            self._warn_of_grace(seconds)
+        self.saved_at_step, self.saved_at, self.save_seconds = self.step, time.monotonic(), seconds
+        if position.val_loss is not None:
+            self.best_val_loss = min(self.best_val_loss, position.val_loss)
+        if self.step > self.trouble_at:
+            self.returns_without_progress = 0
+        return True
+
+    def _warn_of_grace(self, save_seconds: float) -> None:
+        """Before a scheduler's time limit comes: whether a checkpoint fits into what it grants."""
+        slowest = max(self.budget.step_seconds, default=0.0) / self.plan.accumulation
+        needed = save_seconds + slowest
+        if needed > GRACE_SECONDS:
+            self.record(
+                "incident",
+                what=f"After SIGTERM this run needs about {needed:.0f} s for its last checkpoint, more than the "
+                f"{GRACE_SECONDS:.0f} s that a job scheduler usually grants: ask it for more (Slurm: "
+                f"--signal=TERM@{2 * needed:.0f}).",
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepSeen:
+    """What all ranks agree on after a step."""
+
+    loss: float
+    taken: bool
+    stop: bool
+    time_used: float
+    save_due: bool
+    log_lost: bool
 
 
 def _write_plan(plan: Plan) -> None:
@@ -428,7 +480,3 @@ def _write_plan(plan: Plan) -> None:
 def _versions() -> dict[str, str]:
     packages = ("torch", "deepspeed", "tiktoken", "numpy")
     return {"gpt2ds": __version__, "python": platform.python_version()} | {name: version(name) for name in packages}
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]

@@ -1,8 +1,11 @@
 """What the scripts of several ranks share: their data, and a position to save at."""
 
+import torch
+
 from gpt2ds.corpus.batches import Batches, Windows
 from gpt2ds.plan import Plan
-from gpt2ds.training.checkpoints import Position
+from gpt2ds.training.engine import TrainingEngine
+from gpt2ds.training.manifest import Position
 
 
 def batches_of(plan: Plan, rank: int, ranks: int, micro_batch: int) -> Batches:
@@ -17,6 +20,11 @@ def batches_of(plan: Plan, rank: int, ranks: int, micro_batch: int) -> Batches:
     )
 
 
+def weights_of(engine: TrainingEngine) -> dict[str, torch.Tensor]:
+    """A copy of the weights in the compute type on rank 0; nothing on the others, which must call it as well."""
+    return {name: weight.clone() for name, weight in engine.gathered_weights() if weight is not None}
+
+
 def position_at(step: int, *, skipped_steps: int = 0) -> Position:
     """A position of which only the steps matter."""
     return Position(
@@ -24,9 +32,12 @@ def position_at(step: int, *, skipped_steps: int = 0) -> Position:
         sequences_seen=0,
         elapsed_seconds=0.0,
         skipped_steps=skipped_steps,
+        returns=0,
+        passed_over=[],
         learning_rate={},
         evaluate_every=None,
         speed_measured=False,
         schedule={},
         evaluated_at=0,
+        val_loss=None,
     )

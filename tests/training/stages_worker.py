@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
-from rank_steps import batches_of, position_at
+from rank_steps import batches_of, position_at, weights_of
 
 from gpt2ds.corpus.batches import Windows
 from gpt2ds.gpt2.model import GPT2
@@ -71,7 +71,7 @@ def main(profiles: Path, models_file: Path, corpus: Path) -> None:
         ranks = start_ranks(plan.device_kind)
         engine = TrainingEngine(plan, ranks, io.StringIO())
         steps = [one_step(engine, plan, step) for step in range(STEPS)]
-        before = engine.gathered_weights()
+        before = weights_of(engine)
 
         hook = None
         if ranks.rank == 1:  # one rank only: the other must neither hang nor step
@@ -79,21 +79,21 @@ def main(profiles: Path, models_file: Path, corpus: Path) -> None:
         poisoned = one_step(engine, plan, STEPS)
         if hook:
             hook.remove()
-        unchanged = engine.gathered_weights()
+        unchanged = weights_of(engine)
         after = one_step(engine, plan, STEPS + 1)
-        last = engine.gathered_weights()
+        last = weights_of(engine)
 
         evaluation = Evaluation(Windows(plan.corpus.val, plan.context), count=5, micro_batch=2)
         validation = evaluation.loss(engine)
         text = sample_text(engine, "Fruits", tokens=4, seed=0)
 
         saved = corpus.parent / f"checkpoints-{path.stem}"
-        checkpoints.save(engine, saved, position_at(STEPS + 2, skipped_steps=1), keep=1)
+        checkpoints.save(engine, saved, position_at(STEPS + 2, skipped_steps=1), 1, {})
         going_on = one_step(engine, plan, STEPS + 2)
         resumed_engine = TrainingEngine(plan, ranks, io.StringIO())
         _, position = checkpoints.load(resumed_engine, saved, print)
         resumed = one_step(resumed_engine, plan, STEPS + 2)
-        going_on_weights, resumed_weights = engine.gathered_weights(), resumed_engine.gathered_weights()
+        going_on_weights, resumed_weights = weights_of(engine), weights_of(resumed_engine)
         if ranks.rank == 0:
             norms, reference = plain_torch(plan)
             results[path.stem] = {

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rank_steps import batches_of, position_at
+from rank_steps import batches_of, position_at, weights_of
 
 from gpt2ds.gpt2.loss import whole_cross_entropy
 from gpt2ds.gpt2.model import GPT2
@@ -101,8 +101,8 @@ def compared(plan: Plan, engine: TrainingEngine, reference: Any) -> dict[str, An
     loss, gradients = one_step(engine, 0, with_gradients=True)
     for step in range(1, STEPS):
         one_step(engine, step)
-    weights = engine.gathered_weights()
-    if weights is None:
+    weights = weights_of(engine)
+    if not weights:
         return {}
     plain_loss, plain_norm, plain_gradients, plain_weights = reference
     return {
@@ -119,13 +119,13 @@ def compared(plan: Plan, engine: TrainingEngine, reference: Any) -> dict[str, An
 
 def trained(plan: Plan, engine: TrainingEngine, folder: Path) -> dict[str, Any]:
     losses = [one_step(engine, step)[0] for step in range(STEPS)]
-    checkpoints.save(engine, folder, position_at(STEPS), keep=1)
+    checkpoints.save(engine, folder, position_at(STEPS), 1, {})
     going_on = [one_step(engine, step)[0] for step in (STEPS, STEPS + 1)]
     again = TrainingEngine(plan, engine.ranks, io.StringIO())
     checkpoints.load(again, folder, print)
     resumed = [one_step(again, step)[0] for step in (STEPS, STEPS + 1)]
-    weights, resumed_weights = engine.gathered_weights(), again.gathered_weights()
-    if weights is None:
+    weights, resumed_weights = weights_of(engine), weights_of(again)
+    if not weights:
         return {}
     states = engine.optimizer.optimizer.state.values()
     return {

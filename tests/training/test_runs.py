@@ -253,8 +253,9 @@ def test_a_run_folder_of_another_plan_is_refused(finished: Path, models_file: Pa
     for extra, words in (
         (["--name", "a"], "exists already"),
         (["--name", "a", "--resume", "--gpus", 2, "--seed", 5], "seed was 1337 and is now 5"),
-        (["--name", "a", "--resume"], "was trained on 2 ranks: resume it with --gpus 2"),
-        (["--name", "a", "--resume", "--gpus", 2, "--ds", "fp32_baseline"], "ZeRO stage was 2 and is now 0"),
+        (["--name", "a", "--resume", "--gpus", 2, "--ds", "zero2"], "dtype was 'fp32' and is now 'bf16'"),
+        (["--name", "a", "--resume", "--gpus", 3], "The run's global batch of 8 does not divide by 3 ranks"),
+        (["--name", "a", "--resume", "--gpus", 2, "--accumulation", 4], "global batch was 8 and is now 16"),
         (["--name", "b", "--resume"], "no run folder"),
     ):
         result = run_cli("train", "--models-file", models_file, *extra, cwd=finished)
@@ -276,7 +277,8 @@ def test_another_end_or_rate_asked_for_on_resuming_counts(
 
 
 def test_pruning_keeps_the_newest_complete_ones_up_to_the_one_just_written(tmp_path: Path) -> None:
-    from gpt2ds.training.checkpoints import MANIFEST, _prune
+    from gpt2ds.training.checkpoints import prune
+    from gpt2ds.training.manifest import MANIFEST
 
     for step, complete in ((2, True), (4, True), (5, False), (6, True), (8, True)):
         folder = tmp_path / f"step-{step:08d}"
@@ -284,5 +286,5 @@ def test_pruning_keeps_the_newest_complete_ones_up_to_the_one_just_written(tmp_p
         (folder / "file").write_text("content")
         if complete:
             (folder / MANIFEST).write_text("{}")
-    _prune(tmp_path, "step-00000006", keep=2)  # 8 was damaged and passed over
+    prune(tmp_path, "step-00000006", keep=2)  # 8 was damaged and passed over
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004", "step-00000006"]

@@ -1,0 +1,189 @@
+"""What makes a folder a checkpoint: its manifest, and the search for the newest one that holds.
+
+Needs neither torch nor DeepSpeed. A folder `step-00001234` without a manifest that holds is no checkpoint, whatever
+else is in it.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gpt2ds.errors import UserError
+from gpt2ds.files import file_sha256, write_atomically
+
+FORMAT = 2
+MANIFEST = "manifest.json"
+WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Position:
+    """Where a run stands after a step: with the plan and the weights, all that is needed to go on exactly."""
+
+    step: int
+    sequences_seen: int
+    """The data position. More than steps times the global batch when data was passed over."""
+    passed_over: list[list[int]]
+    """Ranges [from, to) of sequences that will not be seen, because training on them went wrong."""
+    elapsed_seconds: float
+    skipped_steps: int
+    returns: int
+    """How often the run went back to an earlier checkpoint."""
+    learning_rate: dict[str, Any]
+    """The schedule as decided so far; under --hours its length is known only since some step."""
+    evaluate_every: int | None
+    speed_measured: bool
+    """Under --hours: whether warm-up and evaluation interval were fitted to the speed already."""
+    schedule: dict[str, Any]
+    """The schedule as the plan asked for it; when a resume asks for another, that one counts."""
+    evaluated_at: int
+    """Step of the last evaluation."""
+    val_loss: float | None
+    """Validation loss of these very weights, where they were evaluated."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """manifest.json: where the run stood, what wrote it, and every other file with its size and digest."""
+
+    position: Position
+    adam_steps: int
+    loss_scale: dict[str, float]
+    ranks: int
+    zero_stage: int
+    identity: dict[str, Any]
+    versions: dict[str, str]
+    files: dict[str, dict[str, Any]]
+
+    def write(self, folder: Path) -> None:
+        """The last file of a checkpoint; raises OSError, and there is no checkpoint then."""
+        write_atomically(folder / MANIFEST, json.dumps({"format": FORMAT} | asdict(self), indent=1).encode())
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all files together."""
+        return sum(file["bytes"] for file in self.files.values())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """A checkpoint's manifest. Raises ValueError with what is wrong with it, in words that follow "because"."""
+    try:
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError("it was never completed (no manifest)") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"its manifest cannot be read ({error})") from error
+    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+        raise ValueError(f"its manifest is not of format {FORMAT}, which this version reads")
+    try:
+        position = _position(content.pop("position"))
+        manifest = Manifest(position=position, **content)
+        for name, described in manifest.files.items():
+            if Path(name).is_absolute() or ".." in Path(name).parts or Path(name).name != name:
+                raise ValueError(f"its manifest names a file outside the folder: {name!r}")
+            if not isinstance(described["bytes"], int) or not isinstance(described["sha256"], str):
+                raise ValueError(f"its manifest does not say the size and digest of {name!r}")
+        if WEIGHTS not in manifest.files or not isinstance(manifest.identity, dict):
+            raise ValueError(f"its manifest does not name {WEIGHTS}")
+        steps = manifest.adam_steps
+        if isinstance(steps, bool) or not isinstance(steps, int) or not isinstance(manifest.loss_scale, dict):
+            raise ValueError("its manifest holds a count that is none")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"its manifest is not one of ours ({error})") from error
+    return manifest
+
+
+def _position(content: dict[str, Any]) -> Position:
+    position = Position(**content)
+    counts = (position.step, position.sequences_seen, position.skipped_steps, position.returns, position.evaluated_at)
+    if not all(isinstance(count, int) and not isinstance(count, bool) for count in counts) or position.step < 0:
+        raise ValueError("its manifest holds a count that is none")
+    seconds = position.elapsed_seconds
+    if not isinstance(seconds, int | float) or not math.isfinite(seconds):
+        raise ValueError("its manifest holds a time that is none")
+    if not isinstance(position.learning_rate, dict) or not isinstance(position.schedule, dict):
+        raise ValueError("its manifest holds a schedule that is none")
+    if not all(isinstance(end, int) for start, stop in position.passed_over for end in (start, stop)):
+        raise ValueError("its manifest holds a range of sequences that is none")
+    return position
+
+
+def verify(folder: Path, only: str | None = None) -> Manifest:
+    """The manifest, after comparing every file (or `only` that one) with what it says of it.
+
+    Raises ValueError with what is damaged, by the file's name.
+    """
+    manifest = read_manifest(folder)
+    for name, expected in manifest.files.items():
+        if only not in (None, name):
+            continue
+        file = folder / name
+        try:
+            if not file.is_file() or file.is_symlink():
+                raise ValueError(f"{name} is missing")
+            size = file.stat().st_size
+            if size != expected["bytes"]:
+                raise ValueError(f"{name} has {size:,} bytes instead of {expected['bytes']:,}")
+            if file_sha256(file) != expected["sha256"]:
+                raise ValueError(f"{name} was changed since it was saved (its sha256 differs)")
+        except OSError as error:
+            raise ValueError(f"{name} cannot be read ({error.strerror})") from error
+    return manifest
+
+
+def newest(
+    folder: Path, passed_over: Callable[[str], None], only: str | None = None, before: int | None = None
+) -> tuple[str, Manifest] | None:
+    """(name, manifest) of the newest checkpoint of a run whose files are all as its manifest says.
+
+    only: look at this one file, when the others are not needed; the rest may be gigabytes. before: pass silently over
+    this step and later ones.
+    """
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        if before is not None and path.name >= checkpoint_name(before):
+            continue
+        try:
+            return path.name, verify(path, only)
+        except ValueError as damage:
+            passed_over(f"Checkpoint {path.name} is passed over: {damage}.")
+    return None
+
+
+def checkpoint_name(step: int) -> str:
+    """Its folder below `checkpoints`; in the order of the steps when sorted."""
+    return f"step-{step:08d}"
+
+
+def newest_name(folder: Path) -> str | None:
+    """Name of the newest checkpoint that has a manifest, unverified; None when there is none."""
+    return max((path.parent.name for path in folder.glob(f"step-*/{MANIFEST}")), default=None)
+
+
+def best_name(folder: Path) -> str | None:
+    """Name of the checkpoint with the lowest validation loss of those that were evaluated; None when there is none."""
+    losses: dict[str, float] = {}
+    for path in sorted(folder.glob("step-*")):
+        try:
+            loss = read_manifest(path).position.val_loss
+        except ValueError:
+            continue
+        if isinstance(loss, int | float) and math.isfinite(loss):
+            losses[path.name] = loss
+    return min(losses, key=lambda name: losses[name], default=None)
+
+
+def newest_weights(run: Path, passed_over: Callable[[str], None]) -> tuple[Path, Position]:
+    """The weights of a run's newest checkpoint that holds, and where it stood; needs neither DeepSpeed nor a GPU.
+
+    Raises UserError when the run has none.
+    """
+    found = newest(run / "checkpoints", passed_over, only=WEIGHTS)
+    if found is None:
+        raise UserError(
+            f"{run} has no complete checkpoint: train it first (gpt2ds train --name {run.name}), or give another run."
+        )
+    name, manifest = found
+    return run / "checkpoints" / name / WEIGHTS, manifest.position
