@@ -2,6 +2,7 @@
 # Sets gpt2ds up and trains. No root, no compiler, no GPU needed; what is done already is skipped.
 #   ./launch.sh                  install, prepare the embedded text, train a few minutes, name the training log
 #   ./launch.sh train [OPTIONS]  install, then train with these options, a rank per GPU
+#   ./launch.sh --restarts N [OPTIONS]  the same, started again up to N times after a failure
 #   ./launch.sh test [OPTIONS]   install what the tests need, then run them (options go to pytest)
 #   ./launch.sh COMMAND ...      any other gpt2ds command: prepare, generate, evaluate, report, profiles
 # Paths in options are taken from the repository's top folder.
@@ -78,6 +79,10 @@ demo)
 train)
   install ""
   train "$@"
+  ;;
+--restarts | --restarts=*)
+  install ""
+  train "$command" "$@"
   ;;
 test)
   install test
