@@ -108,3 +108,21 @@ def test_a_mistake_of_the_user_is_not_tried_again(tmp_path: Path, models_file: P
     assert result.stderr.count("Error:") == 1
     assert "Restart" not in result.stderr
     assert time.monotonic() - start < 30
+
+
+def test_exit_code_0_without_a_word_is_a_failure_and_failing_alike_again_and_again_stops(
+    tmp_path: Path, models_file: Path, corpus_folder: Path
+) -> None:
+    # Python runs this first in every process, and only a rank has a rank.
+    (tmp_path / "sitecustomize.py").write_text("import os\nif 'RANK' in os.environ:\n    os._exit(0)\n")
+    environment = {"PYTHONPATH": str(tmp_path)}
+    with FaultyRun(tmp_path, models_file, corpus_folder, environment=environment, gpus=2, restarts=5) as run:
+        assert run.end(60) == 1
+        why = "its ranks ended with exit code 0 but did not say that the run was over"
+        start = "the start, since no checkpoint was completed"
+        assert run.output.splitlines() == [
+            f"Restart 1 of 5 of the run logs/a from {start}: {why}.",
+            f"Restart 2 of 5 of the run logs/a from {start}: {why}.",
+            "The run logs/a is not started again: 2 restarts in a row ended at step 0 without a new checkpoint "
+            f"({why}).",
+        ]
