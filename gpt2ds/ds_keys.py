@@ -237,6 +237,7 @@ _EXPECTED = {
     "strings": "a list of strings",
     "section": "a section in braces",
 }
+MOST_PROBLEMS = 50
 _LARGEST = 2**63 - 1  # what torch takes as a number of elements
 
 
@@ -257,6 +258,8 @@ def _section(data: dict[str, Any], name: str, problems: list[str]) -> dict[str, 
     keys = SECTIONS[name].keys
     sound: dict[str, Any] = {}
     for key, value in data.items():
+        if len(problems) >= MOST_PROBLEMS:
+            break  # nobody reads more, and each takes a search for what was meant
         path = f"{name}.{key}" if name else key
         if path in REFUSED:
             problems.append(f"{path}: {REFUSED[path]}")

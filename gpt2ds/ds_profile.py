@@ -7,6 +7,7 @@ import copy
 import difflib
 import json
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -258,7 +259,8 @@ def _located(path: Path) -> Path:
             return path
         folder = path.is_dir()
     except (OSError, ValueError) as error:
-        raise UserError(f"the DeepSpeed profile {str(path)!r} cannot be read: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"the DeepSpeed profile {str(path)!r} cannot be read: {reason}") from error
     shipped = {profile.stem: profile for profile in shipped_profiles()}
     bare = path.name.removesuffix(".json")
     if bare in shipped and path.parent == Path():
@@ -279,8 +281,8 @@ def _read(path: Path) -> dict[str, Any]:
     repeated: list[str] = []
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in items]
-        repeated.extend(sorted({name for name in names if names.count(name) > 1}))
+        counts = Counter(name for name, _ in items)
+        repeated.extend(sorted(name for name, count in counts.items() if count > 1))
         return dict(items)
 
     def constant(name: str) -> None:
@@ -299,8 +301,11 @@ def _read(path: Path) -> dict[str, Any]:
             [f"{path}: the key {json.dumps(name)} stands twice in one section" for name in repeated]
         )
     if not isinstance(data, dict):
-        raise UserError(f"{path}: must hold one JSON object in braces, not {type(data).__name__}")
+        raise UserError(f"{path}: must hold one JSON object in braces, not {_KINDS[type(data)]}")
     return data
+
+
+_KINDS = {list: "a list", str: "a string", int: "a number", float: "a number", bool: "a boolean", type(None): "null"}
 
 
 def _syntax(text: str, error: json.JSONDecodeError) -> str:

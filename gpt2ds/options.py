@@ -3,7 +3,9 @@
 import shlex
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
+
+from gpt2ds.errors import UserError
 
 # Peak learning rates by number of parameters. From small to xl: Brown et al. 2020 (arXiv 2005.14165), table 2.1, models
 # of 125M, 350M, 760M and 1.3B, all at about 0.5M tokens a step. tiny: the best of a sweep on the novels at 4k tokens a
@@ -113,13 +115,16 @@ class TrainOptions:
         return DEFAULTS[name][0] if value is None else value
 
     def over(self, earlier: dict[str, Any]) -> "TrainOptions":
-        """These options with what was not asked for taken from an earlier run's (`to_dict`), to go on with that run."""
-        types = {"models_file": Path, "data": Path}
+        """These options with what was not asked for taken from an earlier run's (`to_dict`), to go on with that run.
+
+        Raises UserError when one of those is no value of its option: the file may have been edited.
+        """
+        kinds = get_type_hints(TrainOptions)
         own = {field.name: getattr(self, field.name) for field in fields(self)}
         merged = dict(own)
         for name, value in earlier.items():
             if name in own and own[name] is None and value is not None:
-                merged[name] = types.get(name, lambda same: same)(value)
+                merged[name] = _as_option(name, value, get_args(kinds[name])[0])
         # The end of a run is one idea with three names: asking for one of them replaces the earlier one.
         if any(own[name] is not None for name in ("steps", "tokens", "hours")):
             merged |= {name: own[name] for name in ("steps", "tokens", "hours")}
@@ -139,3 +144,14 @@ class TrainOptions:
     def to_dict(self) -> dict[str, Any]:
         """For plan.json."""
         return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+
+
+def _as_option(name: str, value: Any, kind: type) -> Any:
+    """A value from JSON as the option holds it."""
+    accepted: Any = {Path: str, float: (int, float)}.get(kind, kind)
+    sound = isinstance(value, accepted) and not isinstance(value, bool) and value != ""
+    if not sound or (isinstance(value, int) and abs(value) >= 2**63) or (isinstance(value, str) and "\0" in value):
+        raise UserError(
+            f"The run's plan.json has {value!r:.60} for the option --{name.replace('_', '-')}: give that option anew."
+        )
+    return Path(value) if kind is Path else value

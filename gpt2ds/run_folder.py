@@ -45,7 +45,7 @@ def run_folder(options: TrainOptions) -> tuple[Path, TrainOptions, bool]:
     if named is None or not (named / "plan.json").is_file():
         where = f"{named} is no run folder" if named else f"no run below {options.out}/ has a checkpoint"
         raise UserError(f"--resume has nothing to go on with: {where}. Leave --resume out to start a new run.")
-    earlier = _read_plan(named).get("options", {})
+    earlier = _read_plan(named)["options"]
     # The global batch stays, and on other ranks that takes another accumulation.
     earlier = {key: value for key, value in earlier.items() if key != "accumulation"}
     return named, replace(options.over(earlier), name=named.name), True
@@ -55,6 +55,7 @@ def _check_place(folder: Path) -> None:
     """UserError when no folder of that name can be made there, which would show only after everything is loaded."""
     try:
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        (there / folder.name).exists()  # fails where the name is too long, which is not seen below a missing folder
     except OSError as error:
         raise UserError(f"No run folder can be named {folder} ({error.strerror}): choose another --name.") from error
     if not there.is_dir():
@@ -68,7 +69,9 @@ def _read_plan(folder: Path) -> dict[str, Any]:
         content = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError("not an object")
-    except (OSError, ValueError) as error:
+        if missing := [name for name in ("options", "identity") if not isinstance(content.get(name), dict)]:
+            raise ValueError(f"it has no {' and no '.join(missing)}")
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{folder / 'plan.json'} cannot be read ({error}): choose another --name to start a new one."
         ) from error
@@ -83,7 +86,7 @@ def earlier_global_batch(folder: Path) -> int | None:
 
 def check_same_run(plan: Plan) -> None:
     """Raises UserError when the folder belongs to another plan than this one, with what differs."""
-    earlier = _read_plan(plan.folder).get("identity", {})
+    earlier = _read_plan(plan.folder)["identity"]
     differing = [
         f"{key} was {earlier.get(key)!r} and is now {value!r}"
         for key, value in plan.identity().items()

@@ -15,7 +15,7 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, get_args
 
@@ -32,7 +32,7 @@ from gpt2ds.corpus.record import (
     write_journal,
 )
 from gpt2ds.corpus.shard_writer import ShardWriter
-from gpt2ds.corpus.shards import MANIFEST, MAX_SHARD_TOKENS, Corpus, open_corpus
+from gpt2ds.corpus.shards import JOURNAL, MANIFEST, MAX_SHARD_TOKENS, Corpus, open_corpus
 from gpt2ds.corpus.sources import Source, check_encoding, gather
 from gpt2ds.corpus.tokenizer import END_OF_TEXT
 from gpt2ds.corpus.workers import Workers
@@ -85,6 +85,10 @@ def prepare(
             _check_room(job, writer.tokens)
             with Workers(processes) as workers:
                 _run(job, workers, writer, units_done, bytes_done)
+        except UserError:
+            if writer.tokens == 0:  # a text that is refused leaves nothing behind
+                (out / JOURNAL).unlink(missing_ok=True)
+            raise
         finally:
             writer.close()
             shutil.rmtree(out / _SCRATCH, ignore_errors=True)
@@ -219,6 +223,7 @@ def _checked(options: PrepareOptions, out: Path) -> str:
 def _locked(out: Path) -> Iterator[None]:
     """At most one prepare per folder; the lock goes with the process, however it ends."""
     try:
+        made = not out.exists()
         out.mkdir(parents=True, exist_ok=True)
         folder = os.open(out, os.O_RDONLY)
     except OSError as problem:
@@ -238,6 +243,9 @@ def _locked(out: Path) -> Iterator[None]:
         yield
     finally:
         os.close(folder)
+        if made:
+            with suppress(OSError):
+                out.rmdir()  # if nothing came of it
 
 
 @contextmanager

@@ -151,8 +151,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} is not JSON, line {problem.lineno} column {problem.colno}: {problem.msg}: prepare the corpus again"
         ) from problem
-    except (OSError, UnicodeDecodeError) as problem:
-        raise UserError(f"{path} cannot be read ({problem}): prepare the corpus again") from problem
+    except OSError as problem:
+        raise UserError(f"{path} cannot be read ({problem.strerror}): prepare the corpus again") from problem
+    except (ValueError, RecursionError) as problem:  # bytes that are no text, numbers or depths that nobody writes
+        raise UserError(f"{path} is not one that gpt2ds wrote ({problem}): prepare the corpus again") from problem
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != MANIFEST_VERSION:
         raise UserError(
@@ -189,10 +191,9 @@ def _open_prepared(folder: Path, verify_digests: bool) -> Corpus:
             problems.append(
                 f"the digest in {MANIFEST} does not fit its shards: it was edited; prepare the corpus again"
             )
-    except (KeyError, TypeError, AttributeError) as problem:
-        raise UserError(
-            f"{folder / MANIFEST} lacks a field or has one of a wrong kind ({problem!r}): prepare the corpus again"
-        ) from problem
+    except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as problem:
+        what = f"lacks the field {problem}" if isinstance(problem, KeyError) else "has a field of a wrong kind"
+        raise UserError(f"{folder / MANIFEST} {what}: prepare the corpus again") from problem
     _refuse(folder, problems)
     return Corpus(
         folder=folder, name=name, vocab_size=VOCAB_SIZE, train=found["train"], val=found["val"], digest=digest

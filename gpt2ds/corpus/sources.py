@@ -50,7 +50,7 @@ def gather(arguments: Sequence[str], *, encoding: str = "utf-8", exclude: Path |
     found: dict[Path, Source] = {}
     for argument in arguments:
         path = Path(argument)
-        if path.exists():
+        if _exists(path):
             matches = [path]
         elif glob.has_magic(argument):
             matches = sorted(Path(match) for match in glob.glob(argument, recursive=True))
@@ -78,6 +78,13 @@ def gather(arguments: Sequence[str], *, encoding: str = "utf-8", exclude: Path |
         labels = ", ".join(source.label for source in sources[:5]) + (", ..." if len(sources) > 5 else "")
         raise UserError(f"the text is empty, no byte in {labels}: give files with text in them")
     return Gathered(sources=sources, skipped=dict(skipped))
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long
+        return False
 
 
 def check_encoding(encoding: str) -> bool:

@@ -35,9 +35,9 @@ class GPT2Config:
     def problems(self) -> list[str]:
         """What is wrong with this size, a sentence each; empty when nothing is."""
         found = [
-            f"model '{self.name}': {field} must be a positive whole number, not {getattr(self, field)!r}."
-            for field in ("emb_dim", "n_heads", "n_layers", "context_length", "vocab_size")
-            if not _is_count(getattr(self, field))
+            f"model '{self.name}': {field} must be a whole number from 1 to {most:,}, not {getattr(self, field)!r}."
+            for field, most in _MOST.items()
+            if not _is_count(getattr(self, field), most)
         ]
         if not found and self.emb_dim % self.n_heads:
             near = [heads for heads in range(1, self.emb_dim + 1) if self.emb_dim % heads == 0]
@@ -77,6 +77,9 @@ class GPT2Config:
         """The size as JSON would hold it, with its parameter count for the reader."""
         return asdict(self) | {"parameters": self.parameters}
 
+
+# Far beyond what is trained; a file with more is a mistake, or meant to keep us busy.
+_MOST = {"emb_dim": 10**6, "n_heads": 10**6, "n_layers": 10**4, "context_length": 10**8, "vocab_size": 10**8}
 
 MODELS: dict[str, GPT2Config] = {
     config.name: config
@@ -160,5 +163,5 @@ def _one_model(name: str, entry: Any) -> GPT2Config:
     return GPT2Config(name=name, **entry)
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def _is_count(value: Any, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most

@@ -118,7 +118,7 @@ def _read_json(folder: Path, names: Sequence[str]) -> list[dict[str, Any]]:
     for name in names:
         try:
             content = json.loads((folder / name).read_bytes())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             problems.append(f"{folder / name} is not JSON: {error}.")
             continue
         if not isinstance(content, dict):

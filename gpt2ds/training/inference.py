@@ -118,7 +118,7 @@ def validation_folder(run: Path) -> Path:
     """The corpus that a run was trained on; UserError when its plan cannot be read."""
     try:
         return Path(json.loads((run / "plan.json").read_text(encoding="utf-8"))["data"]["folder"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{run / 'plan.json'} does not say what the run was trained on: give --data.") from error
 
 

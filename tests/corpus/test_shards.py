@@ -185,9 +185,12 @@ def test_an_edited_manifest_is_noticed(prepared: Corpus) -> None:
         ("{", "line 1 column 2"),
         ("[]", "format_version None"),
         ('{"format_version": 9}', "format_version 9"),
-        ('{"format_version": 1}', "lacks a field"),
+        ('{"format_version": 1}', "lacks the field 'tokenizer'"),
         ('{"format_version": 1, "tokenizer": 3}', "wrong kind"),
-        ('{"format_version": 1, "tokenizer": {}, "splits": {"train": {"shards": ["x"]}}}', "lacks a field"),
+        (
+            '{"format_version": 1, "tokenizer": {}, "splits": {"train": {"shards": ["x"]}}}',
+            "lacks the field 'vocab_size'",
+        ),
     ],
 )
 def test_bad_manifests(prepared: Corpus, content: str, message: str) -> None:

@@ -26,7 +26,7 @@ def test_unknown_name_gets_the_nearest() -> None:
         ("models:\n  a: {emb_dim: 10, n_heads: 3, n_layers: 1}", "not a multiple of n_heads 3; use 2"),
         ("models:\n  a: {emb_dim: 8, n_heads: 2}", "missing n_layers"),
         ("models:\n  a: {emb_dim: 8, n_heads: 2, n_layers: 1, n_embd: 3}", "unknown key n_embd"),
-        ("models:\n  a: {emb_dim: -8, n_heads: 2, n_layers: 1}", "emb_dim must be a positive whole number"),
+        ("models:\n  a: {emb_dim: -8, n_heads: 2, n_layers: 1}", "emb_dim must be a whole number from 1"),
         ("models:\n  a: {emb_dim: 8, n_heads: 2, n_layers: 1, drop_rate: 2}", "drop_rate"),
         ("models:\n  a: 3", "must be a mapping"),
         ("sizes: {}", "needs a section 'models:'"),
