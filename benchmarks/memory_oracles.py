@@ -34,8 +34,8 @@ MIB = 2**20
 MODEL = GPT2Config(name="oracle", emb_dim=640, n_heads=10, n_layers=6, context_length=512, vocab_size=16384)
 BUCKET = {"reduce_bucket_size": 4_000_000}
 # Limits in proportion to so small a model: gathering, letting go and stepping in tiles all take place. gloo copies what
-# it reduces and scatters, which NCCL does not: a small bucket, and more sequences where gradients are largest, keep those
-# copies (21 MiB in fp32) small beside the peak.
+# it reduces and scatters, which NCCL does not: a small bucket, and more sequences where gradients are largest, keep
+# those copies (21 MiB in fp32) small beside the peak.
 STAGE_3 = {
     "reduce_bucket_size": 1_000_000,
     "stage3_max_live_parameters": 15_000_000,

@@ -39,14 +39,16 @@ class Diagnosis:
             found = f"the first tensor that is not finite is {self.first_bad}"
         else:
             found = "with the present weights every tensor of that step is finite"
+        bad = [layer for layer, norm in self.gradient_norms.items() if not math.isfinite(norm)]
         finite = {layer: norm for layer, norm in self.gradient_norms.items() if math.isfinite(norm)}
         largest = sorted(finite, key=lambda layer: -finite[layer])[:3]
         norms = ", ".join(f"{layer} {finite[layer]:.3g}" for layer in largest)
+        norms += f"{', ' if norms and bad else ''}not finite in {', '.join(bad)}" if bad else ""
         scale = f", loss scale {self.loss_scale:g}" if self.loss_scale else ""
         advice = "a lower --lr or a longer --warmup-steps is the first thing to try"
         return (
             f"Diagnosis: learning rate {self.lr:.3g}{scale}; {found}; "
-            f"largest gradient norms by layer: {norms or 'none is finite'}; {advice}."
+            f"gradient norms by layer, the largest first: {norms}; {advice}."
         )
 
 
@@ -74,7 +76,7 @@ def diagnose(engine: TrainingEngine, windows: Iterable[np.ndarray], lr: float) -
     found = gather_objects((rank, bad_weights, seen.first_bad, seen.norms()))
     for _, _, _, own in found:
         for layer, norm in own.items():
-            norms[layer] = max(norms.get(layer, 0.0), norm)
+            norms[layer] = max(norms.get(layer, 0.0), norm) if math.isfinite(norm) else math.nan
     firsts = [(first, of) for of, _, first, _ in found if first]
     return Diagnosis(
         lr=lr,

@@ -16,7 +16,8 @@ import torch
 
 from gpt2ds import __version__
 from gpt2ds.corpus.batches import Batches, Windows
-from gpt2ds.files import write_atomically
+from gpt2ds.errors import UserError
+from gpt2ds.files import not_writable, write_atomically
 from gpt2ds.plan import Plan, evaluation_interval
 from gpt2ds.runlog.metrics import Recorder
 from gpt2ds.training import checkpoints
@@ -30,6 +31,8 @@ from gpt2ds.training.manifest import Position
 from gpt2ds.training.memory_watch import MemoryWatch, StepPeaks
 from gpt2ds.training.schedule import LearningRate
 from gpt2ds.training.time_budget import TimeBudget
+
+OUTCOME = "outcome.json"
 
 # The first checkpoint of a session comes early: a disk that does not take it is found out, and what one takes is known.
 FIRST_SAVE_SECONDS = 180.0
@@ -95,6 +98,7 @@ class Run:
         self.returns = 0
         self.returns_without_progress = 0
         self.trouble_at = 0
+        self.save_owed = False
         self.saved_at_step = -1
         self.saved_at = time.monotonic()
         self.save_seconds: float | None = None
@@ -128,7 +132,8 @@ class Run:
         if self.evaluated_at != self.step and ending.completed:
             self.evaluate()
         if self.saved_at_step != self.step and not self.save():
-            return Ending(reason=f"failed: {ending.reason}, but the last checkpoint could not be written", failed=True)
+            why = ending.reason.removeprefix("failed: ")
+            return Ending(reason=f"failed: {why}, but the last checkpoint could not be written", failed=True)
         return ending
 
     def start(self) -> None:
@@ -144,9 +149,9 @@ class Run:
                 self.rate = LearningRate(**position.learning_rate)
                 self.speed_measured = position.speed_measured
                 self.evaluate_every = self.plan.options.evaluate_every or position.evaluate_every
-        if self.engine.ranks.rank == 0:
-            # Only now that nothing can be refused any more: an earlier session's plan stays until then.
-            _write_plan(self.plan)
+        # Only now that nothing can be refused any more: an earlier session's plan stays until then.
+        if problem := share(_write_plan(self.plan) if self.engine.ranks.rank == 0 else None):
+            raise UserError(problem)
         self.record(
             "start",
             resumed_from=resumed_from,
@@ -175,7 +180,7 @@ class Run:
             if seen is None:
                 return self._interrupted()
             if seen.log_lost:
-                return Ending(reason=f"failed: the log cannot be written ({self._log_error})", failed=True)
+                return Ending(reason=f"failed: {self._log_lost()}", failed=True)
             if trouble := self.health.saw(seen.loss, seen.taken):
                 if ending := self.go_back(trouble):
                     return ending
@@ -187,7 +192,9 @@ class Run:
                 return Ending(reason="time budget reached", completed=True)
             if self._evaluation_due():
                 self.evaluate()
-            if seen.save_due or self._best_can_be_saved():
+            self.save_owed |= seen.save_due or self._best_can_be_saved()
+            # Not in the middle of trouble: good checkpoints would be pruned for ones to which no run should go back.
+            if self.save_owed and not self.health.steps_in_trouble:
                 self.save()
         return Ending(reason="completed", completed=True)
 
@@ -320,6 +327,20 @@ class Run:
         self.record("diagnosis", **diagnosis.to_dict())
         self.record("incident", what=diagnosis.sentence())
 
+    def end(self, ending: Ending) -> Ending:
+        """The last words of the log; a run that could not write them has failed."""
+        self.end_watch()
+        self.compare_memory()
+        self.record("end", reason=ending.reason, **self.totals())
+        if self._log_error and not ending.failed:
+            reason = f"failed: {ending.reason}, but {self._log_lost()}"
+            return Ending(reason=reason, completed=ending.completed, failed=True)
+        return ending
+
+    def _log_lost(self) -> str:
+        # Only rank 0 knows why, and speaks.
+        return f"the log cannot be written ({self._log_error.strerror if self._log_error else 'on rank 0'})"
+
     def end_watch(self) -> None:
         """What the last evaluation and checkpoint took, of every rank."""
         if self.watch:
@@ -410,7 +431,7 @@ class Run:
     def save(self) -> bool:
         """A checkpoint, by all ranks together; False when it could not be written, and the earlier ones stay."""
         self.doing = f"saving at step {self.step}"
-        self.signals.save_wanted = False
+        self.signals.save_wanted = self.save_owed = False
         position = Position(
             step=self.step,
             sequences_seen=self.data.sequences_seen,
@@ -472,9 +493,16 @@ class StepSeen:
     log_lost: bool
 
 
-def _write_plan(plan: Plan) -> None:
-    write_atomically(plan.folder / "plan.json", json.dumps(plan.to_dict(), indent=1).encode())
-    write_atomically(plan.folder / "ds_config.json", json.dumps(plan.ds_config(), indent=1).encode())
+def _write_plan(plan: Plan) -> str | None:
+    """What this session is; a sentence when the disk does not take it."""
+    try:
+        (plan.folder / OUTCOME).unlink(missing_ok=True)  # the earlier session's
+        write_atomically(plan.folder / "ds_config.json", json.dumps(plan.ds_config(), indent=1).encode())
+        # Last: a folder with a plan is a run, and a new one of that name would be refused.
+        write_atomically(plan.folder / "plan.json", json.dumps(plan.to_dict(), indent=1).encode())
+    except OSError as error:
+        return not_writable(plan.folder, error)
+    return None
 
 
 def _versions() -> dict[str, str]:

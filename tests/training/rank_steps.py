@@ -1,8 +1,11 @@
-"""What the scripts of several ranks share: their data, and a position to save at."""
+"""What the scripts of several ranks share: their data, a position to save at, and numbers that go wrong."""
+
+from typing import Any
 
 import torch
 
 from gpt2ds.corpus.batches import Batches, Windows
+from gpt2ds.gpt2.model import GPT2
 from gpt2ds.plan import Plan
 from gpt2ds.training.engine import TrainingEngine
 from gpt2ds.training.manifest import Position
@@ -41,3 +44,19 @@ def position_at(step: int, *, skipped_steps: int = 0) -> Position:
         evaluated_at=0,
         val_loss=None,
     )
+
+
+POISONS = ("loss", "gradient", "data")
+
+
+def poison(model: GPT2, kind: str) -> Any:
+    """Puts a NaN into the loss, a gradient or the data path of this rank, until the handle's `remove`.
+
+    "high": no NaN, but a loss that is 8 nats higher than it should be.
+    """
+    if kind == "gradient":
+        return model.h[0].mlp.c_fc.weight.register_hook(lambda gradient: gradient * float("nan"))
+    if kind == "high":
+        return model.register_forward_hook(lambda module, inputs, loss: loss + 8)
+    module = {"loss": model, "data": model.wte}[kind]
+    return module.register_forward_hook(lambda module, inputs, output: output * float("nan"))

@@ -8,9 +8,11 @@ import io
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
-from rank_steps import batches_of, position_at, weights_of
+from rank_steps import POISONS, batches_of, poison, position_at, weights_of
+from safetensors.torch import load_file
 
 from gpt2ds.corpus.batches import Windows
 from gpt2ds.gpt2.model import GPT2
@@ -18,7 +20,7 @@ from gpt2ds.options import TrainOptions
 from gpt2ds.plan import Plan
 from gpt2ds.planning import resolve
 from gpt2ds.training import checkpoints
-from gpt2ds.training.engine import TrainingEngine, parameter_groups, start_ranks, stop_ranks
+from gpt2ds.training.engine import Ranks, TrainingEngine, parameter_groups, start_ranks, stop_ranks
 from gpt2ds.training.evaluation import Evaluation, sample_text, to_device
 
 LR = 1e-3
@@ -61,8 +63,45 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.float() - b).norm() / b.norm())
 
 
-def main(profiles: Path, models_file: Path, corpus: Path) -> None:
+def assembled(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every master weight and moment of a checkpoint, whole, from the files of all ranks."""
+    pieces: dict[str, dict[int, torch.Tensor]] = {}
+    for path in checkpoint.glob("states-*.safetensors"):
+        for key, tensor in load_file(path).items():
+            whole, _, start = key.rpartition("/")
+            pieces.setdefault(whole, {})[int(start)] = tensor
+    return {key: torch.cat([found[start] for start in sorted(found)]) for key, found in pieces.items()}
+
+
+def crossed(plans: dict[str, Plan], saved: dict[str, Path], ranks: Ranks) -> dict[str, dict[str, Any]]:
+    """Each profile going on from the checkpoint of the next one in its type, in a circle through all stages."""
     results = {}
+    for exact in (True, False):
+        names = sorted(name for name in plans if (plans[name].profile.dtype == "fp32") is exact)
+        for name, source in zip(names, names[1:] + names[:1], strict=True):
+            engine = TrainingEngine(plans[name], ranks, io.StringIO())
+            checkpoints.load(engine, saved[source], print)
+            again = saved[source].parent / f"{name}-from-{source}"
+            checkpoints.save(engine, again, position_at(STEPS + 2), 1, {})
+            loss, norm, _ = one_step(engine, plans[name], STEPS + 2)
+            if ranks.rank == 0:
+                (one,), (other,) = saved[source].glob("step-*"), again.glob("step-*")
+                states, same = assembled(one), assembled(other)
+                results[name] = {
+                    "source": source,
+                    "states": len(states),
+                    "states_equal": states.keys() == same.keys()
+                    and all(torch.equal(states[key], same[key]) for key in states),
+                    "loss": loss,
+                    "norm": norm,
+                }
+    return results
+
+
+def main(profiles: Path, models_file: Path, corpus: Path) -> None:
+    results: dict[str, dict[str, Any]] = {}
+    plans: dict[str, Plan] = {}
+    folders: dict[str, Path] = {}
     for path in sorted(profiles.glob("*.json")):
         options = TrainOptions(
             ds=str(path), model="small", models_file=models_file, data=corpus, micro_batch=2, accumulation=2, steps=10
@@ -73,12 +112,13 @@ def main(profiles: Path, models_file: Path, corpus: Path) -> None:
         steps = [one_step(engine, plan, step) for step in range(STEPS)]
         before = weights_of(engine)
 
-        hook = None
-        if ranks.rank == 1:  # one rank only: the other must neither hang nor step
-            hook = engine.module.ln_f.register_forward_hook(lambda module, inputs, output: output * float("nan"))
-        poisoned = one_step(engine, plan, STEPS)
-        if hook:
-            hook.remove()
+        poisoned = {}
+        for kind in POISONS:
+            # One rank only: the other must neither hang nor step.
+            hook = poison(engine.module, kind) if ranks.rank == 1 else None
+            poisoned[kind] = one_step(engine, plan, STEPS)[2]
+            if hook:
+                hook.remove()
         unchanged = weights_of(engine)
         after = one_step(engine, plan, STEPS + 1)
         last = weights_of(engine)
@@ -88,7 +128,8 @@ def main(profiles: Path, models_file: Path, corpus: Path) -> None:
         text = sample_text(engine, "Fruits", tokens=4, seed=0)
 
         saved = corpus.parent / f"checkpoints-{path.stem}"
-        checkpoints.save(engine, saved, position_at(STEPS + 2, skipped_steps=1), 1, {})
+        plans[path.stem], folders[path.stem] = plan, saved
+        checkpoints.save(engine, saved, position_at(STEPS + 2, skipped_steps=3), 1, {})
         going_on = one_step(engine, plan, STEPS + 2)
         resumed_engine = TrainingEngine(plan, ranks, io.StringIO())
         _, position = checkpoints.load(resumed_engine, saved, print)
@@ -103,7 +144,7 @@ def main(profiles: Path, models_file: Path, corpus: Path) -> None:
                 "reference_norms": norms,
                 "worst_tensor": max(relative(before[name], weight) for name, weight in reference.items()),
                 "whole_model": relative(flat(before), flat(reference)),
-                "poisoned_taken": poisoned[2],
+                "poisoned_taken": poisoned,
                 "unchanged": all(torch.equal(before[name], unchanged[name]) for name in before),
                 "after_taken": after[2],
                 "moved": any(not torch.equal(last[name], unchanged[name]) for name in last),
@@ -111,10 +152,13 @@ def main(profiles: Path, models_file: Path, corpus: Path) -> None:
                 "skipped": engine.skipped_steps,
                 "validation": validation,
                 "sample": text,
+                "going_on": going_on[:2],
                 "resumed_step": position.step,
                 "resumed_equal": resumed == going_on
                 and all(torch.equal(resumed_weights[key], going_on_weights[key]) for key in going_on_weights),
             }
+    for name, result in crossed(plans, folders, ranks).items():
+        results[name]["crossed"] = result
     stop_ranks()
     if ranks.rank == 0:
         print("RESULTS " + json.dumps(results))
