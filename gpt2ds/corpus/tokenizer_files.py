@@ -1,5 +1,6 @@
 """GPT-2's tokenizer as the files that Hugging Face's libraries read, all derived from the ranks file beside this."""
 
+import functools
 import itertools
 import json
 from pathlib import Path
@@ -17,7 +18,7 @@ def write_tokenizer_files(folder: Path, context: int) -> None:
     visible = _visible_bytes()
     shown = {token: "".join(visible[byte] for byte in token) for token in ranks}
     vocabulary = {shown[token]: rank for token, rank in sorted(ranks.items(), key=lambda pair: pair[1])}
-    pairs = [[shown[left], shown[right]] for left, right in _merges(ranks)]
+    pairs = [[shown[left], shown[right]] for left, right in _merges()]
     _write_json(folder / "vocab.json", vocabulary | {END_OF_TEXT: END_OF_TEXT_ID})
     lines = ["#version: 0.2", *(" ".join(pair) for pair in pairs), ""]
     (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
@@ -62,12 +63,13 @@ def _tokenizer(vocabulary: dict[str, int], pairs: list[list[str]]) -> dict[str, 
     }
 
 
-def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The pair that each token of several bytes was merged from, in the order of the ranks.
+@functools.cache
+def _merges() -> tuple[tuple[bytes, bytes], ...]:
+    """The pair that each token of several bytes was merged from, in the order of the ranks; takes 0.5 s.
 
     A token was made by the last merge of its own encoding: with only lower ranks, two parts are left of it.
     """
-    merges = []
+    ranks, merges = read_ranks(), []
     for token, rank in sorted(ranks.items(), key=lambda pair: pair[1]):
         if len(token) == 1:
             continue
@@ -78,7 +80,7 @@ def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
             parts[at : at + 2] = [parts[at] + parts[at + 1]]
         left, right = parts
         merges.append((left, right))
-    return merges
+    return tuple(merges)
 
 
 def _visible_bytes() -> dict[int, str]:

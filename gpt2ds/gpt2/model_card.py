@@ -133,8 +133,9 @@ def _sample(history: History | None, position: "Position | None") -> list[str]:
     samples = [record for record in history.samples if record["step"] <= position.step]
     if not samples:
         return []
-    text = fence(str(samples[-1].get("text", "")), "text")
-    return [f"## What it wrote at step {samples[-1]['step']:,}", "", *text, ""]
+    prompt, text = (str(samples[-1].get(part, "")) for part in ("prompt", "text"))
+    quoted = fence(prompt + text.removeprefix(prompt), "text")
+    return [f"## What it wrote at step {samples[-1]['step']:,}", "", *quoted, ""]
 
 
 def _limits(config: GPT2Config, data: dict[str, Any]) -> list[str]:

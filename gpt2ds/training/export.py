@@ -78,6 +78,8 @@ def export(run: Path, out: Path, *, checkpoint: str, dtype: str | None, tell: Ca
         write_tokenizer_files(temporary, config.context_length)
         _write_json(temporary / "config.json", _config(config, stored))
         _write_json(temporary / "generation_config.json", _generation_config())
+        # Weights are written for their owner alone; what is exported is meant for others as well.
+        shutil.copymode(temporary / "config.json", temporary / "model.safetensors")
         (temporary / "README.md").write_text(card, encoding="utf-8", errors="replace")
         for file in temporary.iterdir():
             with file.open("rb") as opened:

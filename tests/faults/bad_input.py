@@ -1,5 +1,6 @@
 """A process that runs command after command, and what every refusal must look like."""
 
+import copy
 import json
 import os
 import re
@@ -13,6 +14,8 @@ from support import cpu_environment
 
 WORKER = Path(__file__).with_name("bad_input_worker.py")
 ANSWER_SECONDS = 40
+REMOVED = object()
+TRAIN = ["train", "--ds", "fp32_baseline", "--model", "small"]
 LONGEST_MESSAGE = 4000
 # What a person who wrote no Python cannot read: exception and class names, addresses, codes of the operating system.
 PROGRAMMERS_WORDS = re.compile(
@@ -128,3 +131,16 @@ def put(path: Path, content: Any) -> None:
         path.write_bytes(content)
     else:
         path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+
+
+def changed(content: Any, at: str, value: Any) -> Any:
+    """A copy with the value at a dotted place replaced or removed; in a key ~ stands for a dot."""
+    whole = inner = copy.deepcopy(content)
+    *way, last = [int(key) if key.isdigit() else key.replace("~", ".") for key in at.split(".")]
+    for key in way:
+        inner = inner[key]
+    if value is REMOVED:
+        del inner[last]
+    else:
+        inner[last] = value
+    return whole
