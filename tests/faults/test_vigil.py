@@ -83,7 +83,7 @@ def test_a_main_thread_that_asks_learns_of_a_rank_that_failed_by_itself(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("launcher", "what", "code"), [("torchrun", "end", 0), ("torchrun", "hang", 1), ("start", "end", 0)]
+    ("launcher", "what", "code"), [("torchrun", "end", 0), ("torchrun", "stay", 1), ("start", "end", 0)]
 )
 def test_a_launcher_that_dies_is_noticed_and_a_mere_script_is_not(
     tmp_path: Path, launcher: str, what: str, code: int
@@ -124,12 +124,15 @@ def test_progress_costs_microseconds(tmp_path: Path) -> None:
 
 
 HOLDER = """
-import subprocess, sys, time
+import os, subprocess, sys, time
 from pathlib import Path
 from gpt2ds.run_lock import RunLock
 lock = RunLock.take(Path(sys.argv[1]))
-child = subprocess.Popen(["sleep", "20"], close_fds=False, stdout=subprocess.DEVNULL)
-print(child.pid, flush=True)
+started = subprocess.Popen(["sleep", "20"], close_fds=False).pid
+if (forked := os.fork()) == 0:
+    time.sleep(20)
+    os._exit(0)
+print(started, forked, flush=True)
 time.sleep(20)
 """
 
@@ -139,20 +142,21 @@ def test_a_lock_names_its_holder_and_ends_with_it(tmp_path: Path) -> None:
     words = [sys.executable, "-c", HOLDER, str(folder)]
     holder = subprocess.Popen(words, env=cpu_environment(), stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
-    child = int(holder.stdout.readline())
+    children = [int(word) for word in holder.stdout.readline().split()]
     with pytest.raises(UserError) as refusal:
         RunLock.take(folder)
     assert f"{folder} is in use by process {holder.pid} (since 20" in str(refusal.value)
     assert f"stop it with `kill {holder.pid}`" in str(refusal.value)
     holder.kill()
-    holder.communicate()
-    lock = RunLock.take(folder, wait_seconds=5)  # the child lives, and does not keep it
+    holder.wait()
+    holder.stdout.close()
+    lock = RunLock.take(folder, wait_seconds=5)  # its children live, and do not keep it
     if (forked := os.fork()) == 0:
         time.sleep(20)
         os._exit(0)
     lock.release()
     RunLock.take(folder).release()
-    for pid in (child, forked):
+    for pid in (*children, forked):
         os.kill(pid, signal.SIGKILL)
     os.waitpid(forked, 0)
 

@@ -41,6 +41,10 @@ def main() -> None:
             raise ValueError("a mistake")
         elif what in ("hang", "behind"):
             time.sleep(60)
+        elif what == "stay":  # moves, and does not leave
+            while time.monotonic() < end + 60:
+                time.sleep(0.02)
+                vigil.progress(17, "in step 18")
         elif what == "ask":
             print("asked:", vigil.lost(), flush=True)
 
