@@ -72,8 +72,9 @@ def main() -> NoReturn:
     if "deepspeed" in sys.modules:
         # The run is over and all of it on the disk. Taking the interpreter down in the usual way lets gloo's threads
         # abort the process now and then (two busy CPU ranks: 3 of 20 exits), and the launcher calls that a failure.
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(OSError):  # they may be files on a full disk
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(code)
     raise SystemExit(code)
 
@@ -83,7 +84,8 @@ def _tell_once(message: str) -> None:
     # it: the launcher ends it within a second when the first one has left.
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(OTHER_RANKS_WAIT_SECONDS)
-    print(readable(message), file=sys.stderr, flush=True)
+    with suppress(OSError):
+        print(readable(message), file=sys.stderr, flush=True)
 
 
 @app.callback(invoke_without_command=True)
@@ -143,15 +145,17 @@ def _train_here(options: TrainOptions, signals: "StopSignals") -> NoReturn:
         raise
     code = outcome.exit_code
     if outcome.is_main:
-        print(f"{outcome.ending.reason} at step {outcome.step:,}.", end=" ")
+        words = f"{outcome.ending.reason} at step {outcome.step:,}."
         try:
-            print(f"Training log: {write_report(outcome.folder)}")
+            words += f" Training log: {write_report(outcome.folder)}"
             outcome.write()
         except OSError as error:
-            print(f"The training log cannot be written ({error.strerror}): gpt2ds report {plan.run} writes it again.")
+            words += f" The run folder cannot be written ({error.strerror}): gpt2ds report {plan.run} writes its log."
             code = 1
         if not outcome.ending.completed:
-            print(f"Resume with: {resume_command(plan.to_dict())}")
+            words += f"\nResume with: {resume_command(plan.to_dict())}"
+        with suppress(OSError):  # standard output may be a file on the same full disk
+            print(words, flush=True)
     raise SystemExit(code)
 
 

@@ -22,6 +22,14 @@ def write_atomically(path: Path, content: bytes) -> None:
     sync_folder(path.parent)
 
 
+def not_writable(folder: Path, error: OSError) -> str:
+    """The sentence for a run folder on a disk that is full or read-only."""
+    return (
+        f"The run folder {folder} cannot be written ({error.strerror}): make room or make it writable, or choose "
+        "another --out."
+    )
+
+
 def sync_folder(folder: Path) -> None:
     """Makes renames in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -4,12 +4,15 @@ Needs neither torch nor DeepSpeed. A folder `step-00001234` without a manifest t
 else is in it.
 """
 
+import hashlib
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from gpt2ds.errors import UserError
 from gpt2ds.files import file_sha256, write_atomically
@@ -60,7 +63,8 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """The last file of a checkpoint; raises OSError, and there is no checkpoint then."""
-        write_atomically(folder / MANIFEST, json.dumps({"format": FORMAT} | asdict(self), indent=1).encode())
+        content = sealed({"format": FORMAT} | asdict(self))
+        write_atomically(folder / MANIFEST, json.dumps(content, indent=1).encode())
 
     @property
     def size_bytes(self) -> int:
@@ -68,47 +72,67 @@ class Manifest:
         return sum(file["bytes"] for file in self.files.values())
 
 
+def sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """What a manifest says, with its own digest: the one file that no other file vouches for."""
+    text = json.dumps({name: value for name, value in content.items() if name != "sha256"}, sort_keys=True)
+    return content | {"sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
 def read_manifest(folder: Path) -> Manifest:
     """A checkpoint's manifest. Raises ValueError with what is wrong with it, in words that follow "because"."""
+    path = folder / MANIFEST
+    if not os.path.lexists(path):
+        raise ValueError(f"it was never completed (no {MANIFEST})")
+    if problem := _no_file(path):
+        raise ValueError(problem)
     try:
-        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError("it was never completed (no manifest)") from None
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"its manifest cannot be read ({error})") from error
-    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
-        raise ValueError(f"its manifest is not of format {FORMAT}, which this version reads")
+        raise ValueError(f"its {MANIFEST} cannot be read ({error})") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"its {MANIFEST} is not of format {FORMAT}, which this version reads")
+    fields = {name: value for name, value in content.items() if name not in ("format", "sha256")}
     try:
-        position = _position(content.pop("position"))
-        manifest = Manifest(position=position, **content)
-        for name, described in manifest.files.items():
-            if Path(name).is_absolute() or ".." in Path(name).parts or Path(name).name != name:
-                raise ValueError(f"its manifest names a file outside the folder: {name!r}")
-            if not isinstance(described["bytes"], int) or not isinstance(described["sha256"], str):
-                raise ValueError(f"its manifest does not say the size and digest of {name!r}")
-        if WEIGHTS not in manifest.files or not isinstance(manifest.identity, dict):
-            raise ValueError(f"its manifest does not name {WEIGHTS}")
-        steps = manifest.adam_steps
-        if isinstance(steps, bool) or not isinstance(steps, int) or not isinstance(manifest.loss_scale, dict):
-            raise ValueError("its manifest holds a count that is none")
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"its manifest is not one of ours ({error})") from error
+        position = Position(**fields.pop("position"))
+        manifest = Manifest(position=position, **fields)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"its {MANIFEST} is not one of ours ({error})") from error
+    for part in (position, manifest):
+        for name, hint in get_type_hints(type(part)).items():
+            if not _fits(getattr(part, name), hint):
+                raise ValueError(f"its {MANIFEST} holds a {name} that is none")
+    if position.step < 0 or not abs(position.elapsed_seconds) < math.inf:
+        raise ValueError(f"its {MANIFEST} holds a step or a time that is none")
+    if any(len(ends) != 2 for ends in position.passed_over):
+        raise ValueError(f"its {MANIFEST} holds a range of sequences that is none")
+    for name, described in manifest.files.items():
+        if name in ("", "..") or Path(name).name != name:
+            raise ValueError(f"its {MANIFEST} names a file outside the folder: {name!r}")
+        if not _fits(described.get("bytes"), int) or not isinstance(described.get("sha256"), str):
+            raise ValueError(f"its {MANIFEST} does not say the size and digest of {name!r}")
+    if WEIGHTS not in manifest.files:
+        raise ValueError(f"its {MANIFEST} does not name {WEIGHTS}")
+    # Last, so that what a hand or a stranger has changed is named where that is possible.
+    if sealed(content)["sha256"] != content.get("sha256"):
+        raise ValueError(f"its {MANIFEST} was changed since it was saved (its sha256 differs)")
     return manifest
 
 
-def _position(content: dict[str, Any]) -> Position:
-    position = Position(**content)
-    counts = (position.step, position.sequences_seen, position.skipped_steps, position.returns, position.evaluated_at)
-    if not all(isinstance(count, int) and not isinstance(count, bool) for count in counts) or position.step < 0:
-        raise ValueError("its manifest holds a count that is none")
-    seconds = position.elapsed_seconds
-    if not isinstance(seconds, int | float) or not math.isfinite(seconds):
-        raise ValueError("its manifest holds a time that is none")
-    if not isinstance(position.learning_rate, dict) or not isinstance(position.schedule, dict):
-        raise ValueError("its manifest holds a schedule that is none")
-    if not all(isinstance(end, int) for start, stop in position.passed_over for end in (start, stop)):
-        raise ValueError("its manifest holds a range of sequences that is none")
-    return position
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether what JSON gave is of a field's type; an int is a float, a bool is neither."""
+    kind, parts = get_origin(hint) or hint, get_args(hint)
+    if kind is Any:
+        return True
+    if kind is UnionType:
+        return any(_fits(value, part) for part in parts)
+    if kind is list:
+        return isinstance(value, list) and all(_fits(item, parts[0]) for item in value)
+    if kind is dict:
+        # What a dict holds is looked at as well, its keys are texts already.
+        return isinstance(value, dict) and all(_fits(item, parts[1]) for item in value.values())
+    if kind in (int, float):
+        return isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
+    return isinstance(value, kind)
 
 
 def verify(folder: Path, only: str | None = None) -> Manifest:
@@ -122,8 +146,8 @@ def verify(folder: Path, only: str | None = None) -> Manifest:
             continue
         file = folder / name
         try:
-            if not file.is_file() or file.is_symlink():
-                raise ValueError(f"{name} is missing")
+            if problem := _no_file(file):
+                raise ValueError(problem)
             size = file.stat().st_size
             if size != expected["bytes"]:
                 raise ValueError(f"{name} has {size:,} bytes instead of {expected['bytes']:,}")
@@ -132,6 +156,12 @@ def verify(folder: Path, only: str | None = None) -> Manifest:
         except OSError as error:
             raise ValueError(f"{name} cannot be read ({error.strerror})") from error
     return manifest
+
+
+def _no_file(path: Path) -> str | None:
+    if path.is_symlink():
+        return f"{path.name} is a symbolic link, which may lead anywhere"
+    return None if path.is_file() else f"{path.name} is missing"
 
 
 def newest(

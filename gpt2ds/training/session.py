@@ -13,19 +13,17 @@ from pathlib import Path
 
 from gpt2ds.devices import card_bytes
 from gpt2ds.errors import MemoryShortageError, RankLostError, UserError
-from gpt2ds.files import write_atomically
+from gpt2ds.files import not_writable, write_atomically
 from gpt2ds.plan import Plan
 from gpt2ds.run_lock import RunLock
 from gpt2ds.runlog.metrics import NullLog, Recorder
 from gpt2ds.training.engine import Ranks, TrainingEngine, chatter_to, share, start_ranks, stop_ranks
 from gpt2ds.training.guard import StopSignals
-from gpt2ds.training.loop import Ending, Run
+from gpt2ds.training.loop import OUTCOME, Ending, Run
 from gpt2ds.training.manifest import newest_name
 from gpt2ds.training.memory_watch import AllocatorWatch, MemoryWatch
 from gpt2ds.training.out_of_memory import explain, is_out_of_memory
 from gpt2ds.training.vigil import Vigil
-
-OUTCOME = "outcome.json"
 
 # A main thread whose collective failed says what it knows within this; one that still waits in it never will.
 SPEAK_SECONDS = 4.0
@@ -90,7 +88,6 @@ def _locked(plan: Plan, ranks: Ranks) -> RunLock | nullcontext[None]:
     if ranks.rank == 0:
         try:
             lock = RunLock.take(plan.folder)
-            (plan.folder / OUTCOME).unlink(missing_ok=True)
         except UserError as error:
             problem = str(error)
     if problem := share(problem):
@@ -102,7 +99,15 @@ class _Log:
     """Rank 0's recorder, and who may still speak when a rank is lost: the main thread, or the vigil's if it cannot."""
 
     def __init__(self, plan: Plan, ranks: Ranks, recorder_for: Callable[[Plan], Recorder]) -> None:
-        self.recorder: Recorder = recorder_for(plan) if ranks.rank == 0 else NullLog()
+        self.recorder: Recorder = NullLog()
+        problem = None
+        if ranks.rank == 0:
+            try:
+                self.recorder = recorder_for(plan)
+            except OSError as error:
+                problem = not_writable(plan.folder, error)
+        if problem := share(problem):
+            raise UserError(problem)
         self.run: Run | None = None
         self._spoken = threading.Event()
 
@@ -126,7 +131,8 @@ class _Log:
             self.failed("a rank was lost", message)
 
     def close(self) -> None:
-        self.recorder.close()
+        with suppress(OSError):  # what the disk did not take was said when it was to be written
+            self.recorder.close()
 
 
 def _session(plan: Plan, ranks: Ranks, log: _Log, signals: StopSignals, watch: MemoryWatch | None) -> Outcome:
@@ -160,9 +166,7 @@ def _session(plan: Plan, ranks: Ranks, log: _Log, signals: StopSignals, watch: M
             log.failed(_first_line(error))
             # Without leaving the group in good order: the other ranks may wait in the middle of a collective.
             raise
-        run.end_watch()
-        run.compare_memory()
-        run.record("end", reason=ending.reason, **run.totals())
+        ending = run.end(ending)
         stop_ranks()
     return Outcome(ending=ending, step=run.step, is_main=ranks.rank == 0, folder=plan.folder)
 
