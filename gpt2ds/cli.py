@@ -24,9 +24,7 @@ from gpt2ds.errors import MemoryShortageError, RankLostError, UserError, readabl
 from gpt2ds.options import DEFAULTS, WHAT, TrainOptions
 
 if TYPE_CHECKING:
-    from gpt2ds.estimate import Estimates
     from gpt2ds.plan import Plan
-    from gpt2ds.probe.traced_estimate import TracedRow
     from gpt2ds.runlog.metrics import Recorder
     from gpt2ds.training.guard import StopSignals
     from gpt2ds.training.memory_watch import MemoryWatch
@@ -467,26 +465,9 @@ def memory_estimate(
     Exit code 1 when nothing fits, with --fit no plan; 2 for a mistake, and when nothing of what --ds names has any
     chance to fit.
     """
-    import json
-    from dataclasses import asdict
+    from gpt2ds.estimate import EstimateOptions
+    from gpt2ds.estimate_answer import Wanted, answer
 
-    from gpt2ds.devices import this_machine
-    from gpt2ds.estimate import EstimateOptions, estimate
-    from gpt2ds.estimate_change import changes_needed, is_hopeless, stop_if_hopeless
-    from gpt2ds.estimate_fit import NothingFitsError, check_new_profile, command, find_fit, write_profile
-    from gpt2ds.estimate_table import explain, explain_precision, precision_example, show, show_fit
-    from gpt2ds.memory.mixed_precision import compare
-
-    if write and not fit:
-        raise UserError("--write writes the plan that --fit finds: give both.")
-    # A search or a trace that ends in a wrong name was for nothing.
-    if write:
-        check_new_profile(write)
-    if plot:
-        from gpt2ds.estimate_plot import check_picture, write_plot
-
-        check_picture(plot)
-    machine = this_machine()
     options = EstimateOptions(
         model=model,
         models_file=models_file,
@@ -501,64 +482,8 @@ def memory_estimate(
         loss_chunk=loss_chunk,
         global_batch=global_batch,
     )
-    try:
-        found = find_fit(options, machine) if fit else None
-    except NothingFitsError as nothing:
-        if as_json:
-            print(json.dumps({"rows": [], "problem": str(nothing)}, indent=1))
-        if options.ds:
-            raise
-        if not as_json:
-            print(nothing)
-        raise SystemExit(1) from None
-    estimates = found.estimates if found else estimate(options, machine)
-    changes = () if found else changes_needed(estimates, options, machine)
-    traced = _traced(estimates) if trace else ()
-    if found and write:
-        write_profile(found.best, write)
-    example = precision_example(estimates.rows)
-    peaks = compare(example.setting, estimates.room_bytes) if parts else ()
-    if as_json:
-        result = estimates.to_dict()
-        if trace:
-            from gpt2ds.probe.traced_estimate import to_dict
-
-            result = to_dict(estimates, traced)
-        for row, change in zip(result["rows"], changes, strict=False):
-            row["change"] = change
-        result |= found.to_dict(options, write) if found else {}
-        result |= {"mixed_precision": [asdict(peak) for peak in peaks]} if parts else {}
-        print(json.dumps(result, indent=1))
-    else:
-        if found:
-            show_fit(found, command(found.best, options, written=write))
-        else:
-            # What stops the command says the changes itself.
-            show(estimates, () if options.ds and is_hopeless(estimates) else changes)
-        if parts:
-            explain(estimates)
-            explain_precision(example, peaks)
-        if trace:
-            from gpt2ds.probe.traced_report import explain_traced, show_traced
-
-            show_traced(estimates, traced)
-            if parts:
-                explain_traced(traced)
-    if plot:
-        write_plot(estimates, plot)
-    if options.ds and not any(row.fits for row in traced):
-        stop_if_hopeless(estimates, changes)
-    if not any(row.fits for row in traced or estimates.rows):
-        raise SystemExit(1)
-
-
-def _traced(estimates: "Estimates") -> "tuple[TracedRow, ...]":
-    from gpt2ds.devices import this_machine
-    from gpt2ds.probe.traced_estimate import traced_rows
-    from gpt2ds.probe.traced_report import trace_progress
-
-    with trace_progress(len(estimates.rows)) as done:
-        return traced_rows(estimates, cores=this_machine().cores, done=done)
+    wanted = Wanted(fit=fit, write=write, parts=parts, plot=plot, trace=trace, as_json=as_json)
+    raise SystemExit(answer(options, wanted))
 
 
 @app.command()
