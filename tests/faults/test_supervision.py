@@ -116,7 +116,7 @@ def test_exit_code_0_without_a_word_is_a_failure_and_failing_alike_again_and_aga
     # Python runs this first in every process, and only a rank has a rank.
     (tmp_path / "sitecustomize.py").write_text("import os\nif 'RANK' in os.environ:\n    os._exit(0)\n")
     environment = {"PYTHONPATH": str(tmp_path)}
-    with FaultyRun(tmp_path, models_file, corpus_folder, environment=environment, gpus=2, restarts=5) as run:
+    with FaultyRun(tmp_path, models_file, corpus_folder, environment=environment, restarts=5) as run:
         assert run.end(60) == 1
         why = "its ranks ended with exit code 0 but did not say that the run was over"
         start = "the start, since no checkpoint was completed"
