@@ -1,4 +1,4 @@
-"""The answer of `gpt2ds memory-estimate`: estimates, the plan that fits, explanations, a trace, as they are asked for."""
+"""The answer of `gpt2ds memory-estimate`: estimates, the plan that fits, explanations, a trace, as asked for."""
 
 import json
 from dataclasses import asdict, dataclass

@@ -6,7 +6,6 @@ stand in one error.
 
 import difflib
 import fcntl
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +38,9 @@ from gpt2ds.requirements import disk_problem, host_memory_problem, missing_requi
 from gpt2ds.run_folder import check_same_run, earlier_global_batch, run_folder
 
 GIB = 2**30
+
+# Of steps, tokens, seeds: what 64 bits hold with room to count on.
+LARGEST_NUMBER = 10**18
 
 T = TypeVar("T")
 
@@ -152,11 +154,14 @@ class _Planner:
         for name in (
             *("micro_batch", "accumulation", "context", "steps", "tokens", "hours", "lr", "keep"),
             *("evaluate_every", "evaluation_windows", "evaluation_micro_batch", "save_every", "save_minutes"),
-            "rank_timeout",
+            *("sample_tokens", "rank_timeout"),
         ):
             value = getattr(self.options, name)
-            if value is not None and not 0 < value < math.inf:
-                self.problems.append(f"--{name.replace('_', '-')} must be above 0 and finite, not {value}.")
+            if value is not None and not 0 < value < LARGEST_NUMBER:
+                said = f"--{name.replace('_', '-')} must be above 0 and below 10^18, not {str(value)[:30]}."
+                self.problems.append(said)
+        if abs(self.options.seed or 0) >= LARGEST_NUMBER:
+            self.problems.append("--seed must be between -10^18 and 10^18.")
         size = self.options.gpu_memory
         if size is not None and (problem := gpu_memory_problem(size)):
             self.problems.append(problem)

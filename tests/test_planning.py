@@ -195,7 +195,7 @@ def test_data_that_cannot_serve_is_refused(wide_corpus: Path, tmp_path: Path, mo
 
 
 def test_a_full_disk_is_seen_beforehand(wide_corpus: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="checkpoints of .* GiB and the next one need"):
+    with pytest.raises(UserError, match="checkpoints of .* GiB, the best one and the next one need"):
         plan_of(wide_corpus, tmp_path, CPU, model="gpt2_xl", keep=100_000)
 
 
