@@ -139,18 +139,22 @@ class OptimizerStates:
     @contextmanager
     def open(self, tile: Tile) -> Iterator[dict[str, Tensor]]:
         """The tile's states by kind, flat and in place (8-bit moments as an fp32 copy; `quantize` stores those)."""
-        swapped = self._stage_3 and self.optimizer._swappable_optimizer_subgroup(tile.number)
-        if swapped:  # NVMe
-            self.optimizer._optimizer_states_and_gradient_swap_in(tile.number)
-        try:
-            master = self._masters[tile.number]
-            state = self._state(tile)
-            states = {MASTER: master.detach().view(-1)}
+        with self._in_memory(tile):
+            states = {MASTER: self._masters[tile.number].detach().view(-1)}
             for kind in MOMENTS:
+                moment = _moment(self._state(tile), kind)
                 # Before the first step there are none, which means zero.
-                moment = _moment(state, kind)
                 states[kind] = torch.zeros_like(states[MASTER]) if moment is None else moment.view(-1)
             yield states
+
+    @contextmanager
+    def _in_memory(self, tile: Tile) -> Iterator[None]:
+        """Reads a tile that lies on an NVMe disk, and writes it back at the end."""
+        swapped = self._stage_3 and self.optimizer._swappable_optimizer_subgroup(tile.number)
+        if swapped:
+            self.optimizer._optimizer_states_and_gradient_swap_in(tile.number)
+        try:
+            yield
         finally:
             if swapped:
                 self.optimizer._optimizer_states_and_gradient_swap_out(tile.number)
@@ -164,25 +168,17 @@ class OptimizerStates:
                 group["lr"] = 0.0
         for tile in self.tiles:
             if _moment(self._state(tile), MOMENTS[0]) is None:
-                with self._gradient_of_zeros(tile):
-                    if self._stage_3:
-                        self.optimizer._optimizer_step(tile.number)
-                    else:
-                        self._bases[0].step()
+                with self._in_memory(tile):
+                    self._step_on_zeros(tile)
 
-    @contextmanager
-    def _gradient_of_zeros(self, tile: Tile) -> Iterator[None]:
+    def _step_on_zeros(self, tile: Tile) -> None:
         master = self._masters[tile.number]
-        swapped = self._stage_3 and self.optimizer._swappable_optimizer_subgroup(tile.number)
-        if swapped:
-            self.optimizer._optimizer_states_and_gradient_swap_in(tile.number)
         kept, master.grad = master.grad, torch.zeros_like(master)  # offload keeps a buffer there
-        try:
-            yield
-        finally:
-            master.grad = kept
-            if swapped:
-                self.optimizer._optimizer_states_and_gradient_swap_out(tile.number)
+        if self._stage_3:
+            self.optimizer._optimizer_step(tile.number)
+        else:
+            self._bases[0].step()
+        master.grad = kept
 
     def eight_bits(self, tile: Tile) -> dict[str, Tensor]:
         """8-bit moments as they are, in place: codes and scales; nothing for moments of another kind.
@@ -213,7 +209,8 @@ class OptimizerStates:
                 setattr(self._scaler, name, value)
         if self._stage_3:
             for tile in self.tiles:
-                self.optimizer._reassign_or_swap_out_partitioned_parameters(tile.number)
+                with self._in_memory(tile):
+                    self.optimizer._reassign_or_swap_out_partitioned_parameters(tile.number)
             self.optimizer.checkpoint_event_epilogue()
         elif hasattr(self.optimizer, "update_lp_params"):
             self.optimizer.update_lp_params()
