@@ -22,6 +22,9 @@ NUMBER_FIELDS = frozenset(
 )
 NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
+# These reach the disk at once: after a power cut the log knows of the newest checkpoint.
+SYNCED_KINDS = frozenset({"start", "checkpoint", "end"})
+
 
 class View(Protocol):
     """Whoever wants to see each record as it is written: the console, a tracker."""
@@ -73,6 +76,8 @@ class RunLog:
         record = {"kind": kind, "time": now, "step": int(step)} | _plain(fields)
         self._file.write(json.dumps(_strict(record), allow_nan=False).encode("ascii") + b"\n")
         self._file.flush()
+        if kind in SYNCED_KINDS:
+            os.fsync(self._file.fileno())
         failures = []
         for view in list(self._views):
             try:

@@ -15,7 +15,7 @@ from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from gpt2ds.errors import UserError
-from gpt2ds.files import file_sha256, write_atomically
+from gpt2ds.files import file_sha256, sync_folder, write_atomically
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -65,6 +65,7 @@ class Manifest:
         """The last file of a checkpoint; raises OSError, and there is no checkpoint then."""
         content = sealed({"format": FORMAT} | asdict(self))
         write_atomically(folder / MANIFEST, json.dumps(content, indent=1).encode())
+        sync_folder(folder.parent)  # else a power cut may leave a checkpoint without a name, and the older one pruned
 
     @property
     def size_bytes(self) -> int:
