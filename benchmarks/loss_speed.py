@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from gpt2ds.devices import this_machine
-from gpt2ds.estimate import LOSS_CHUNK
+from gpt2ds.estimate.rows import LOSS_CHUNK
 from gpt2ds.gpt2.config import MODELS
 from gpt2ds.gpt2.loss import chunked_cross_entropy, whole_cross_entropy
 

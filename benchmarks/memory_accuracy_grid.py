@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from gpt2ds.ds_profile import load_profile, shipped_profiles
-from gpt2ds.estimate import memory_setting
+from gpt2ds.estimate.rows import memory_setting
 from gpt2ds.gpt2.config import MODELS
 from gpt2ds.gpt2.policies import POLICIES
 from gpt2ds.memory.fit import largest_micro_batch

@@ -28,7 +28,7 @@ from typing import Any
 
 from gpt2ds.devices import this_machine
 from gpt2ds.ds_profile import DsProfile, load_profile
-from gpt2ds.estimate import memory_setting
+from gpt2ds.estimate.rows import memory_setting
 from gpt2ds.gpt2.config import MODELS, GPT2Config
 from gpt2ds.memory.formula import MIB, largest_parameter, predict
 from gpt2ds.memory.setting import CUBLAS_WORKSPACE_BYTES, DTYPE_BYTES, MemorySetting

@@ -17,7 +17,7 @@ from typing import Any
 
 from gpt2ds.devices import this_machine
 from gpt2ds.ds_profile import DsProfile, load_profile, shipped_profiles
-from gpt2ds.estimate import memory_setting
+from gpt2ds.estimate.rows import memory_setting
 from gpt2ds.gpt2.config import MODELS
 from gpt2ds.gpt2.policies import POLICIES
 from gpt2ds.memory.formula import MIB, predict

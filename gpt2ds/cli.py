@@ -465,8 +465,8 @@ def memory_estimate(
     Exit code 1 when nothing fits, with --fit no plan; 2 for a mistake, and when nothing of what --ds names has any
     chance to fit.
     """
-    from gpt2ds.estimate import EstimateOptions
-    from gpt2ds.estimate_answer import Wanted, answer
+    from gpt2ds.estimate.answer import Wanted, answer
+    from gpt2ds.estimate.rows import EstimateOptions
 
     options = EstimateOptions(
         model=model,
@@ -500,8 +500,8 @@ def doctor(
 
     Exit code 1 when there is a problem; warnings alone are 0.
     """
-    from gpt2ds.doctor import DoctorOptions, examine
-    from gpt2ds.doctor_report import show
+    from gpt2ds.doctor.examination import DoctorOptions, examine
+    from gpt2ds.doctor.report import show
 
     if show(examine(DoctorOptions(ds=ds, model=model, gpus=gpus, out=out)), as_json=as_json):
         raise SystemExit(1)

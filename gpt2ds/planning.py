@@ -26,7 +26,7 @@ from gpt2ds.devices import (
 from gpt2ds.ds_profile import DsProfile, load_profile
 from gpt2ds.ds_rules import RECOMPUTE_POLICIES
 from gpt2ds.errors import UserError
-from gpt2ds.estimate import LOSS_CHUNK, memory_setting, policies_of, recompute_problem
+from gpt2ds.estimate.rows import LOSS_CHUNK, memory_setting, policies_of, recompute_problem
 from gpt2ds.gpt2.config import MODELS, GPT2Config, find_model, with_context
 from gpt2ds.memory.fit import fastest_that_fits, fits, largest_micro_batch, largest_model
 from gpt2ds.memory.formula import Estimate, predict

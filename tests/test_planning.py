@@ -10,10 +10,12 @@ from support import PROFILES
 
 from gpt2ds.devices import GPU, MIB, Machine, card_bytes, peak_flops, this_machine
 from gpt2ds.errors import UserError
-from gpt2ds.estimate import EstimateOptions, estimate
+from gpt2ds.estimate.rows import EstimateOptions, estimate
 from gpt2ds.options import DEFAULTS, TrainOptions
 from gpt2ds.plan import Plan, count_windows
 from gpt2ds.planning import resolve
+
+pytestmark = pytest.mark.usefixtures("roomy_disk")
 
 CPU = Machine(cpu_name="a CPU", cores=2, host_memory_bytes=24 * 2**30)
 RTX_4090 = GPU(name="NVIDIA GeForce RTX 4090", total_bytes=24_564 * MIB, free_bytes=24_207 * MIB)
@@ -23,7 +25,7 @@ TWO_4090 = replace(CPU, gpus=(RTX_4090, RTX_4090))
 
 def plan_of(data: Path, tmp_path: Path, machine: Machine, ranks: int = 1, **options: Any) -> Plan:
     # One checkpoint: two of gpt2_xl beside the next one need 70 GiB of whatever disk the tests run on.
-    given = {"data": data, "out": tmp_path / "logs", "keep": 1} | options
+    given = {"data": data, "out": tmp_path / "logs"} | options
     return resolve(TrainOptions(**given), ranks=ranks, machine=machine)
 
 

@@ -13,13 +13,15 @@ from gpt2ds.devices import GPU, MIB, Machine
 from gpt2ds.ds_profile import DsProfile, load_profile
 from gpt2ds.ds_rules import RECOMPUTE_POLICIES
 from gpt2ds.errors import UserError
-from gpt2ds.estimate import memory_setting
+from gpt2ds.estimate.rows import memory_setting
 from gpt2ds.gpt2.config import MODELS
 from gpt2ds.gpt2.policies import POLICIES
 from gpt2ds.memory.host import predict_host
 from gpt2ds.options import TrainOptions
 from gpt2ds.planning import resolve
 from gpt2ds.requirements import host_memory_problem, missing_requirements
+
+pytestmark = pytest.mark.usefixtures("roomy_disk")
 
 GIB = 2**30
 CPU = Machine(cpu_name="a CPU", cores=2, host_memory_bytes=24 * GIB)

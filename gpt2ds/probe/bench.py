@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from gpt2ds import __version__
 from gpt2ds.devices import Machine, free_port, this_machine
 from gpt2ds.errors import UserError
-from gpt2ds.estimate import memory_setting
+from gpt2ds.estimate.rows import memory_setting
 from gpt2ds.files import write_atomically
 from gpt2ds.memory.fit import largest_micro_batch
 from gpt2ds.plan import Plan

@@ -11,7 +11,7 @@ from typing import Any
 
 from gpt2ds.ds_profile import DsProfile, load_profile
 from gpt2ds.errors import UserError
-from gpt2ds.estimate import memory_setting
+from gpt2ds.estimate.rows import memory_setting
 from gpt2ds.gpt2.config import MODELS, GPT2Config, with_context
 from gpt2ds.gpt2.policies import POLICIES
 from gpt2ds.memory.formula import predict

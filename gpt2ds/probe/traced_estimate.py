@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from gpt2ds.ds_profile import DsProfile
-from gpt2ds.estimate import Estimates, Row
+from gpt2ds.estimate.rows import Estimates, Row
 from gpt2ds.gpt2.config import with_context
 from gpt2ds.probe.allocator import replay
 from gpt2ds.probe.meta_engine import Phase, Trace, TraceRequest, trace

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from gpt2ds.estimate import Estimates
+from gpt2ds.estimate.rows import Estimates
 from gpt2ds.probe.traced_estimate import Traced, TracedRow
 
 GIB = 2**30

@@ -10,7 +10,7 @@ import torch
 
 from gpt2ds.devices import GPU, processes_on_gpu, ranks_here
 from gpt2ds.ds_profile import load_profile
-from gpt2ds.estimate import memory_setting
+from gpt2ds.estimate.rows import memory_setting
 from gpt2ds.gpt2.policies import POLICIES
 from gpt2ds.memory.fit import fastest_that_fits
 from gpt2ds.memory.formula import predict

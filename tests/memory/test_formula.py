@@ -11,7 +11,7 @@ from support import PROFILES
 
 from gpt2ds.devices import NCCL_BYTES, card_bytes
 from gpt2ds.ds_profile import load_profile
-from gpt2ds.estimate import memory_setting
+from gpt2ds.estimate.rows import memory_setting
 from gpt2ds.gpt2.config import MODELS
 from gpt2ds.gpt2.policies import POLICIES, recomputed_flops_per_token, saved_bytes_per_token
 from gpt2ds.memory.fit import fastest_that_fits, fits, largest_micro_batch, largest_model

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from gpt2ds.ds_profile import load_profile
-from gpt2ds.estimate import memory_setting
+from gpt2ds.estimate.rows import memory_setting
 from gpt2ds.gpt2.config import MODELS
 from gpt2ds.memory.formula import predict
 from gpt2ds.memory.setting import CUBLAS_WORKSPACE_BYTES

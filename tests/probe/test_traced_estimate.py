@@ -10,7 +10,7 @@ import pytest
 from support import PROFILES, run_cli
 
 from gpt2ds.devices import CARD_OVERHEAD_BYTES, Machine
-from gpt2ds.estimate import EstimateOptions, Estimates, estimate
+from gpt2ds.estimate.rows import EstimateOptions, Estimates, estimate
 from gpt2ds.memory.fit import tensor_bytes
 from gpt2ds.memory.setting import CUBLAS_WORKSPACE_BYTES
 from gpt2ds.probe import traced_estimate

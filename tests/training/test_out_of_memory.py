@@ -20,6 +20,8 @@ from gpt2ds.options import TrainOptions
 from gpt2ds.planning import resolve
 from gpt2ds.training.out_of_memory import _setting, explain, is_out_of_memory
 
+pytestmark = pytest.mark.usefixtures("roomy_disk")
+
 WORKER = Path(__file__).with_name("limited_worker.py")
 GIB = 2**30
 RTX_4090 = GPU(name="NVIDIA GeForce RTX 4090", total_bytes=24_564 * MIB, free_bytes=24_207 * MIB)

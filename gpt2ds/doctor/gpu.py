@@ -11,7 +11,7 @@ from itertools import combinations
 from pathlib import Path
 
 from gpt2ds.devices import GPU, Machine, processes_on_gpu, this_machine
-from gpt2ds.doctor_finding import Finding, from_sentence, ok, problem, warning
+from gpt2ds.doctor.finding import Finding, from_sentence, ok, problem, warning
 from gpt2ds.errors import UserError
 
 GIB = 2**30

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from gpt2ds.batch_arithmetic import batch_of
 from gpt2ds.devices import CONTEXT_BYTES, NCCL_BYTES, Machine
-from gpt2ds.doctor_finding import Finding, warning
-from gpt2ds.doctor_gpu import check_cards, check_peers, check_torch, nvidia_driver, peers, seen_machine, torch_build
-from gpt2ds.doctor_host import (
+from gpt2ds.doctor.finding import Finding, warning
+from gpt2ds.doctor.gpu import check_cards, check_peers, check_torch, nvidia_driver, peers, seen_machine, torch_build
+from gpt2ds.doctor.host import (
     check_allocator,
     check_build_locks,
     check_disk,
@@ -18,10 +18,10 @@ from gpt2ds.doctor_host import (
     check_requirements,
     check_shared_memory,
 )
-from gpt2ds.doctor_ranks import check_all_reduce
+from gpt2ds.doctor.ranks import check_all_reduce
 from gpt2ds.ds_profile import DsProfile, load_profile
 from gpt2ds.errors import UserError
-from gpt2ds.estimate import memory_setting
+from gpt2ds.estimate.rows import memory_setting
 from gpt2ds.gpt2.config import MODELS, GPT2Config, find_model
 from gpt2ds.memory.fit import largest_model
 from gpt2ds.memory.formula import predict

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from gpt2ds.devices import Machine
-from gpt2ds.estimate import EstimateOptions, estimate, row_of
-from gpt2ds.estimate_fit import command, find_fit
-from gpt2ds.estimate_limits import left_out
-from gpt2ds.estimate_table import explain, explain_precision, show, show_fit
+from gpt2ds.estimate.fit import command, find_fit
+from gpt2ds.estimate.limits import left_out
+from gpt2ds.estimate.rows import EstimateOptions, estimate, row_of
+from gpt2ds.estimate.table import explain, explain_precision, show, show_fit
 from gpt2ds.memory.fit import MICRO_BATCH_MOST
 from gpt2ds.memory.mixed_precision import compare
 

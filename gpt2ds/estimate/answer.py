@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from gpt2ds.devices import this_machine
 from gpt2ds.errors import UserError
-from gpt2ds.estimate import EstimateOptions, Estimates, estimate
-from gpt2ds.estimate_change import changes_needed, is_hopeless, stop_if_hopeless
-from gpt2ds.estimate_fit import Fit, NothingFitsError, check_new_profile, command, find_fit, write_profile
-from gpt2ds.estimate_table import explain, explain_precision, precision_example, show, show_fit
+from gpt2ds.estimate.change import changes_needed, is_hopeless, stop_if_hopeless
+from gpt2ds.estimate.fit import Fit, NothingFitsError, check_new_profile, command, find_fit, write_profile
+from gpt2ds.estimate.rows import EstimateOptions, Estimates, estimate
+from gpt2ds.estimate.table import explain, explain_precision, precision_example, show, show_fit
 from gpt2ds.memory.mixed_precision import compare
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def answer(options: EstimateOptions, wanted: Wanted) -> int:
     if wanted.write:
         check_new_profile(wanted.write)
     if wanted.plot:
-        from gpt2ds.estimate_plot import check_picture, write_plot
+        from gpt2ds.estimate.plot import check_picture, write_plot
 
         check_picture(wanted.plot)
     machine = this_machine()

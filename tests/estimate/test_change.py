@@ -7,8 +7,8 @@ import pytest
 
 from gpt2ds.devices import CARD_OVERHEAD_BYTES, Machine
 from gpt2ds.errors import UserError
-from gpt2ds.estimate import EstimateOptions, estimate
-from gpt2ds.estimate_change import changes_needed, stop_if_hopeless
+from gpt2ds.estimate.change import changes_needed, stop_if_hopeless
+from gpt2ds.estimate.rows import EstimateOptions, estimate
 from gpt2ds.memory.fit import ALLOCATOR_SLACK
 
 CPU = Machine(cpu_name="a CPU", cores=2, host_memory_bytes=64 * 2**30)

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 from gpt2ds.devices import Machine
-from gpt2ds.doctor_finding import Finding, from_sentence, ok, problem, warning
+from gpt2ds.doctor.finding import Finding, from_sentence, ok, problem, warning
 from gpt2ds.ds_profile import DsProfile
 from gpt2ds.gpt2.config import GPT2Config
 from gpt2ds.requirements import (

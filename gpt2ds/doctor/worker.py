@@ -1,4 +1,4 @@
-"""One rank of the doctor's all-reduce: `python -m gpt2ds.doctor_worker BACKEND FOLDER SECONDS`.
+"""One rank of the doctor's all-reduce: `python -m gpt2ds.doctor.worker BACKEND FOLDER SECONDS`.
 
 Writes where it stands to FOLDER/rank0.json, so that whoever waits can say where a hung rank hangs.
 """

@@ -17,10 +17,10 @@ import pytest
 from support import cpu_environment, run_cli
 
 from gpt2ds.devices import GPU, MIB, Machine
-from gpt2ds.doctor import DoctorOptions, examine
-from gpt2ds.doctor_finding import from_sentence
-from gpt2ds.doctor_gpu import nvidia_driver
-from gpt2ds.doctor_host import (
+from gpt2ds.doctor.examination import DoctorOptions, examine
+from gpt2ds.doctor.finding import from_sentence
+from gpt2ds.doctor.gpu import nvidia_driver
+from gpt2ds.doctor.host import (
     check_allocator,
     check_build_locks,
     check_disk,
@@ -30,7 +30,7 @@ from gpt2ds.doctor_host import (
     check_requirements,
     check_shared_memory,
 )
-from gpt2ds.doctor_ranks import all_reduce, check_all_reduce
+from gpt2ds.doctor.ranks import all_reduce, check_all_reduce
 from gpt2ds.ds_profile import DsProfile, load_profile
 from gpt2ds.errors import UserError
 from gpt2ds.gpt2.config import MODELS
@@ -111,8 +111,8 @@ def test_troubles_are_told_with_their_fix(extensions: Path, tmp_path: Path) -> N
 
 def test_it_starts_without_torch() -> None:
     program = (
-        "import sys, gpt2ds.doctor, gpt2ds.doctor_report\n"
-        "from gpt2ds.doctor import *\n"
+        "import sys, gpt2ds.doctor.examination, gpt2ds.doctor.report\n"
+        "from gpt2ds.doctor.examination import *\n"
         "findings = examine(DoctorOptions())\n"
         "seen = [next(findings).check for _ in range(5)]\n"
         "print(sorted({'torch', 'deepspeed', 'matplotlib'} & set(sys.modules)))"
@@ -278,7 +278,7 @@ def test_a_hung_rank_is_named_and_none_is_left(logs_of_ranks: Path) -> None:
     assert time.monotonic() - start < 12, "ended, not waited for"
     assert "joining the group" in outcome.failure, outcome
     assert list(logs_of_ranks.glob("gpt2ds-doctor-*/rank1.log")), "whoever mends it wants to read it"
-    assert not [child for child in psutil.Process().children() if "doctor_worker" in " ".join(child.cmdline())]
+    assert not [child for child in psutil.Process().children() if "gpt2ds.doctor.worker" in " ".join(child.cmdline())]
 
 
 def test_a_card_that_does_not_start_is_no_question_of_peers() -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from gpt2ds.devices import Machine
 from gpt2ds.ds_profile import DsProfile, load_profile
 from gpt2ds.errors import UserError
-from gpt2ds.estimate import EstimateOptions, Estimates, Row, possible_policies, room_bytes, setting_of
+from gpt2ds.estimate.rows import EstimateOptions, Estimates, Row, possible_policies, room_bytes, setting_of
 from gpt2ds.gpt2.config import MODELS, with_context
 from gpt2ds.gpt2.policies import recomputed_flops_per_token
 from gpt2ds.memory.fit import divisors, fits

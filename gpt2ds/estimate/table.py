@@ -8,9 +8,9 @@ from rich.bar import Bar
 from rich.console import Console
 from rich.table import Table
 
-from gpt2ds.estimate import Estimates, Row
-from gpt2ds.estimate_fit import Fit
-from gpt2ds.estimate_limits import left_out
+from gpt2ds.estimate.fit import Fit
+from gpt2ds.estimate.limits import left_out
+from gpt2ds.estimate.rows import Estimates, Row
 from gpt2ds.memory.fit import MICRO_BATCH_MOST
 from gpt2ds.memory.mixed_precision import PRECISIONS, PlainPeak
 from gpt2ds.memory.reduction import bucket_bytes

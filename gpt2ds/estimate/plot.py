@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from gpt2ds.errors import UserError
-from gpt2ds.estimate import Estimates, Row
+from gpt2ds.estimate.rows import Estimates, Row
 from gpt2ds.files import write_atomically
 from gpt2ds.memory.fit import tensor_bytes
 from gpt2ds.runlog.plots import GREY, RED

@@ -14,7 +14,8 @@ from gpt2ds.batch_arithmetic import check_global_batch, divided
 from gpt2ds.devices import Machine
 from gpt2ds.ds_profile import DsProfile, shipped_profiles
 from gpt2ds.errors import UserError
-from gpt2ds.estimate import (
+from gpt2ds.estimate.change import smallest_change
+from gpt2ds.estimate.rows import (
     EstimateOptions,
     Estimates,
     Row,
@@ -25,7 +26,6 @@ from gpt2ds.estimate import (
     row_of,
     setting_of,
 )
-from gpt2ds.estimate_change import smallest_change
 from gpt2ds.files import write_atomically
 from gpt2ds.gpt2.config import GPT2Config
 from gpt2ds.memory.fit import fastest_that_fits, fits, slowness, tensor_bytes

@@ -12,7 +12,7 @@ from gpt2ds.devices import CONTEXT_BYTES, NCCL_BYTES, Machine, card_bytes, gpu_m
 from gpt2ds.ds_profile import DsProfile, load_profile, shipped_profiles
 from gpt2ds.ds_rules import RECOMPUTE_POLICIES, section
 from gpt2ds.errors import UserError
-from gpt2ds.estimate_limits import left_out
+from gpt2ds.estimate.limits import left_out
 from gpt2ds.gpt2.config import GPT2Config, find_model, with_context
 from gpt2ds.gpt2.policies import POLICIES, recomputed_flops_per_token
 from gpt2ds.memory.communication import Traffic, traffic

@@ -13,11 +13,13 @@ from support import run_cli
 from gpt2ds.devices import CONTEXT_BYTES, GPU, MIB, NCCL_BYTES, Machine, card_bytes
 from gpt2ds.ds_profile import shipped_profiles
 from gpt2ds.errors import UserError
-from gpt2ds.estimate import EstimateOptions, estimate
-from gpt2ds.estimate_fit import find_fit
-from gpt2ds.estimate_plot import write_plot
+from gpt2ds.estimate.fit import find_fit
+from gpt2ds.estimate.plot import write_plot
+from gpt2ds.estimate.rows import EstimateOptions, estimate
 from gpt2ds.options import TrainOptions
 from gpt2ds.planning import resolve
+
+pytestmark = pytest.mark.usefixtures("roomy_disk")
 
 CPU = Machine(cpu_name="a CPU", cores=2, host_memory_bytes=64 * 2**30)
 RTX_4090 = GPU(name="NVIDIA GeForce RTX 4090", total_bytes=24_564 * MIB, free_bytes=23_000 * MIB)
@@ -250,9 +252,9 @@ def test_the_picture(tmp_path: Path) -> None:
 def test_it_is_instant_and_imports_no_torch() -> None:
     code = (
         "import sys, time\n"
-        "from gpt2ds.devices import Machine; from gpt2ds.estimate import EstimateOptions, estimate\n"
-        "from gpt2ds.estimate_change import changes_needed; from gpt2ds.estimate_fit import find_fit\n"
-        "import gpt2ds.cli, gpt2ds.estimate_table\n"
+        "from gpt2ds.devices import Machine; from gpt2ds.estimate.rows import EstimateOptions, estimate\n"
+        "from gpt2ds.estimate.change import changes_needed; from gpt2ds.estimate.fit import find_fit\n"
+        "import gpt2ds.cli, gpt2ds.estimate.table\n"
         "machine, options = Machine(cpu_name='', cores=1, host_memory_bytes=1), EstimateOptions()\n"
         "changes_needed(estimate(options, machine), options, machine)\n"
         "assert time.process_time() < 1, time.process_time()\n"  # 0.4 s; of the processor, which others use as well

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from gpt2ds.devices import free_port
-from gpt2ds.doctor_finding import Finding, ok, problem
+from gpt2ds.doctor.finding import Finding, ok, problem
 
-PACKAGE_ROOT = Path(__file__).parents[1]
+PACKAGE_ROOT = Path(__file__).parents[2]
 
 # Importing torch and starting CUDA from a cold disk take half of it; each rank on a busy CPU a little more.
 START_SECONDS = 60.0
@@ -88,7 +88,7 @@ def _run(backend: str, folder: Path, environments: list[dict[str, str]], timeout
     """
     deadline = time.monotonic() + timeout_seconds
     # -P: the folder that the user stands in is no place to import from.
-    worker = [sys.executable, "-P", "-m", "gpt2ds.doctor_worker", backend, str(folder)]
+    worker = [sys.executable, "-P", "-m", "gpt2ds.doctor.worker", backend, str(folder)]
     command = [*worker, str(int(timeout_seconds) + 10)]
     processes: list[subprocess.Popen[bytes]] = []
     try:

@@ -14,13 +14,15 @@ from support import run_cli
 from gpt2ds.devices import GPU, MIB, Machine
 from gpt2ds.ds_profile import load_profile, shipped_profiles
 from gpt2ds.errors import UserError
-from gpt2ds.estimate import EstimateOptions, estimate, memory_setting, recompute_percent
-from gpt2ds.estimate_fit import command, find_fit, write_profile
+from gpt2ds.estimate.fit import command, find_fit, write_profile
+from gpt2ds.estimate.rows import EstimateOptions, estimate, memory_setting, recompute_percent
 from gpt2ds.gpt2.policies import POLICIES
 from gpt2ds.memory.fit import divisors, fits, has_enough_tokens
 from gpt2ds.memory.formula import predict
 from gpt2ds.options import TrainOptions
 from gpt2ds.planning import resolve
+
+pytestmark = pytest.mark.usefixtures("roomy_disk")
 
 CPU = Machine(cpu_name="a CPU", cores=2, host_memory_bytes=64 * 2**30)
 RTX_4090 = GPU(name="NVIDIA GeForce RTX 4090", total_bytes=24_564 * MIB, free_bytes=24_207 * MIB)

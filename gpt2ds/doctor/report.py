@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gpt2ds.doctor_finding import Finding
+from gpt2ds.doctor.finding import Finding
 
 STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 LEVEL_COLUMNS = max(map(len, STYLES))

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from gpt2ds.devices import GPU, MIB, Machine
-from gpt2ds.doctor_finding import Finding
-from gpt2ds.doctor_gpu import Driver, TorchBuild, check_cards, check_peers, check_torch, torch_build
+from gpt2ds.doctor.finding import Finding
+from gpt2ds.doctor.gpu import Driver, TorchBuild, check_cards, check_peers, check_torch, torch_build
 
 GIB = 2**30
 CPU = Machine(cpu_name="a CPU", cores=2, host_memory_bytes=24 * GIB)
