@@ -25,20 +25,15 @@ from gpt2ds.training.data_position import DataPosition
 from gpt2ds.training.diagnosis import diagnose
 from gpt2ds.training.engine import TrainingEngine, gather_numbers, share
 from gpt2ds.training.evaluation import Evaluation, sample_text, to_device
-from gpt2ds.training.guard import GRACE_SECONDS, Clock, StopSignals, name_of
+from gpt2ds.training.guard import Clock, StopSignals, name_of
 from gpt2ds.training.health import RETURNS_MOST, Health
 from gpt2ds.training.manifest import Position
 from gpt2ds.training.memory_watch import MemoryWatch, StepPeaks
+from gpt2ds.training.saving import Saving
 from gpt2ds.training.schedule import LearningRate
 from gpt2ds.training.time_budget import TimeBudget
 
 OUTCOME = "outcome.json"
-
-# The first checkpoint of a session comes early: a disk that does not take it is found out, and what one takes is known.
-FIRST_SAVE_SECONDS = 180.0
-
-# Where nobody says how often to save, saving takes at most so much of the time.
-SAVING_SHARE = 0.02
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,12 +94,9 @@ class Run:
         self.returns_without_progress = 0
         self.trouble_at = 0
         self.save_owed = False
-        self.saved_at_step = -1
-        self.saved_at = time.monotonic()
-        self.save_seconds: float | None = None
+        self.saving = Saving(plan.options)
         self.evaluated_at = -1
         self.val_loss: float | None = None
-        self.best_val_loss = math.inf
         self.speed_measured = False
 
     def record(self, kind: str, **fields: Any) -> None:
@@ -131,7 +123,7 @@ class Run:
             return ending
         if self.evaluated_at != self.step and ending.completed:
             self.evaluate()
-        if self.saved_at_step != self.step and not self.save():
+        if self.saving.at_step != self.step and not self.save():
             why = ending.reason.removeprefix("failed: ")
             return Ending(reason=f"failed: {why}, but the last checkpoint could not be written", failed=True)
         return ending
@@ -167,7 +159,7 @@ class Run:
             self.record("incident", what=sentence)
 
     def _go_on_from(self, position: Position) -> None:
-        self.step = self.saved_at_step = position.step
+        self.step = self.saving.at_step = position.step
         self.data = DataPosition(self.plan.global_batch, position.sequences_seen, position.passed_over)
         self.returns = position.returns
         self.evaluated_at = position.evaluated_at
@@ -361,30 +353,12 @@ class Run:
         return bool(every) and self.step % (every or 1) == 0 and self.evaluated_at != self.step
 
     def _save_due(self) -> bool:
-        options = self.plan.options
-        if self.signals.save_wanted:
-            return True
-        if options.save_every:
-            return self.step % options.save_every == 0
-        return time.monotonic() - self.saved_at >= self._save_interval_seconds()
-
-    def _save_interval_seconds(self) -> float:
-        options = self.plan.options
-        wanted: float = options.get("save_minutes") * 60
-        if options.save_minutes:
-            return wanted
-        if self.save_seconds is None:
-            return min(FIRST_SAVE_SECONDS, wanted)
-        return max(wanted, self.save_seconds / SAVING_SHARE)
+        return self.signals.save_wanted or self.saving.due(self.step)
 
     def _best_can_be_saved(self) -> bool:
-        """Whether these weights are the best so far and saving them would not cost more than its share of the time."""
-        if self.evaluated_at != self.step or self.val_loss is None or self.val_loss > self.best_val_loss:
+        if self.evaluated_at != self.step or not self.saving.is_best(self.val_loss):
             return False
-        since = time.monotonic() - self.saved_at
-        cheap = self.save_seconds is not None and since >= self.save_seconds / SAVING_SHARE
-        # Rank 0's clock decides for all.
-        return bool(share(cheap))
+        return bool(share(self.saving.is_cheap()))  # rank 0's clock decides for all
 
     def fit_to_time(self, time_used: float) -> None:
         """Under --hours: turns the time into a number of steps, once, the same on all ranks.
@@ -451,7 +425,7 @@ class Run:
                 self.engine, self.checkpoints, position, self.plan.options.get("keep"), _versions()
             )
         except checkpoints.SaveError as error:
-            self.saved_at = time.monotonic()
+            self.saving.failed()
             self.record(
                 "incident",
                 what=f"The checkpoint of step {self.step} could not be written: {error}. The earlier ones are as they "
@@ -459,26 +433,14 @@ class Run:
             )
             return False
         self.record("checkpoint", name=name, bytes=size, seconds=round(seconds, 3))
-        if self.save_seconds is None:
-            self._warn_of_grace(seconds)
-        self.saved_at_step, self.saved_at, self.save_seconds = self.step, time.monotonic(), seconds
-        if position.val_loss is not None:
-            self.best_val_loss = min(self.best_val_loss, position.val_loss)
+        is_first = not self.saving.has_saved
+        self.saving.saved(self.step, seconds, position.val_loss)
+        slowest = max(self.budget.step_seconds, default=0.0) / self.plan.accumulation
+        if is_first and (problem := self.saving.grace_problem(slowest)):
+            self.record("incident", what=problem)
         if self.step > self.trouble_at:
             self.returns_without_progress = 0
         return True
-
-    def _warn_of_grace(self, save_seconds: float) -> None:
-        """Before a scheduler's time limit comes: whether a checkpoint fits into what it grants."""
-        slowest = max(self.budget.step_seconds, default=0.0) / self.plan.accumulation
-        needed = save_seconds + slowest
-        if needed > GRACE_SECONDS:
-            self.record(
-                "incident",
-                what=f"After SIGTERM this run needs about {needed:.0f} s for its last checkpoint, more than the "
-                f"{GRACE_SECONDS:.0f} s that a job scheduler usually grants: ask it for more (Slurm: "
-                f"--signal=TERM@{2 * needed:.0f}).",
-            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
