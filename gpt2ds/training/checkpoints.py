@@ -98,6 +98,9 @@ def _stop_at(failure: str | None, target: Path, engine: TrainingEngine) -> None:
 
 
 def _said(error: OSError) -> str:
+    if isinstance(error, FileNotFoundError):
+        # Rank 0 has just made the folder.
+        return "a rank does not see the run folder: give an --out that all machines share"
     return error.strerror or str(error)
 
 

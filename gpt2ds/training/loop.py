@@ -288,11 +288,13 @@ class Run:
             reason=f"failed: {trouble[0].lower()}{trouble[1:].rstrip('.')}", failed=True, weights_good=False
         )
         passed_over: list[str] = []
-        found = checkpoints.load_before(self.engine, self.checkpoints, passed_over.append, first)
+        found, why = None, f"{RETURNS_MOST} returns did not help"
+        if self.returns_without_progress < RETURNS_MOST:
+            found = checkpoints.load_before(self.engine, self.checkpoints, passed_over.append, first)
+            why = "there is no checkpoint to go back to"
         for sentence in passed_over:
             self.record("incident", what=sentence)
-        if found is None or self.returns_without_progress == RETURNS_MOST:
-            why = f"{RETURNS_MOST} returns did not help" if found else "there is no checkpoint to go back to"
+        if found is None:
             self.record("incident", what=f"{trouble} The run ends, because {why}.")
             self.diagnose(guilty[0], lr)
             return ending
