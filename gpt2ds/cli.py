@@ -145,11 +145,13 @@ def _train_here(options: TrainOptions, signals: "StopSignals") -> NoReturn:
     if outcome.is_main:
         words = f"{outcome.ending.reason} at step {outcome.step:,}."
         try:
+            outcome.write()  # first: nothing that draws pictures decides how the run ended
             words += f" Training log: {write_report(outcome.folder)}"
-            outcome.write()
         except OSError as error:
             words += f" The run folder cannot be written ({error.strerror}): gpt2ds report {plan.run} writes its log."
             code = 1
+        except Exception as error:
+            words += f" The training log could not be drawn ({error!r}): gpt2ds report {plan.run} tries it again."
         if not outcome.ending.completed:
             words += f"\nResume with: {resume_command(plan.to_dict())}"
         with suppress(OSError):  # standard output may be a file on the same full disk

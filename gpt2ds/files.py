@@ -2,7 +2,10 @@
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
+
+_CHUNK_BYTES = 2**24
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -39,7 +42,11 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def file_sha256(path: Path) -> str:
-    """The digest of a whole file, in hexadecimal."""
+def file_sha256(path: Path, progress: Callable[[], None] = lambda: None) -> str:
+    """The digest of a whole file, in hexadecimal; progress is called after every 16 MiB."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            progress()
+    return digest.hexdigest()

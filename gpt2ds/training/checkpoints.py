@@ -8,20 +8,19 @@ number of ranks at the same stage, and unpickle what they hold.
 
 import shutil
 import time
-from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from gpt2ds.errors import UserError
+from gpt2ds.files import sync_folder
 from gpt2ds.gpt2.weights import weights_metadata
-from gpt2ds.training.engine import TrainingEngine, gather_objects, share
-from gpt2ds.training.manifest import MANIFEST, WEIGHTS, Manifest, Position, best_name, checkpoint_name, newest
-from gpt2ds.training.states import KINDS, Fragment, OptimizerStates, Tile
+from gpt2ds.training.engine import TrainingEngine, gather_objects
+from gpt2ds.training.manifest import MANIFEST, WEIGHTS, Manifest, Position, best_name, checkpoint_name
+from gpt2ds.training.states import KINDS, OptimizerStates, Tile
 from gpt2ds.training.tensor_file import TensorFile, TensorSpec
+
+# A folder in which a checkpoint is being written; without this it is complete.
+WRITING = ".writing"
 
 
 class SaveError(OSError):
@@ -29,22 +28,25 @@ class SaveError(OSError):
 
 
 def save(
-    engine: TrainingEngine, folder: Path, position: Position, keep: int, versions: dict[str, str]
+    engine: TrainingEngine, folder: Path, position: Position, keep: int | None, versions: dict[str, str]
 ) -> tuple[str, int, float]:
     """Writes a checkpoint of all ranks, then removes all but the best and the `keep` newest; returns (name, bytes,
     seconds).
 
-    Called by all ranks together. Raises SaveError on all ranks when one of them could not write.
+    Called by all ranks together. keep: None removes nothing. Raises SaveError on all ranks when one of them could not
+    write.
     """
     start = time.monotonic()
     name = checkpoint_name(position.step)
-    target = folder / name
+    target = folder / f".{name}{WRITING}"
     failure = None
     if engine.ranks.rank == 0:
         try:
-            # Left over from a run that died while saving, or saved before a resume from an earlier step.
-            _remove(target)
-            target.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            sync_folder(folder.parent)
+            for left_over in folder.glob(f".step-*{WRITING}"):
+                _remove(left_over)
+            target.mkdir()
         except OSError as error:
             failure = _said(error)
     _stop_at(failure, target, engine)
@@ -79,10 +81,11 @@ def save(
     if engine.ranks.rank == 0:
         try:
             manifest.write(target)
+            _replace(folder / name, target)
         except OSError as error:
             failure = _said(error)
     _stop_at(failure, target, engine)
-    if engine.ranks.rank == 0:
+    if engine.ranks.rank == 0 and keep is not None:
         prune(folder, name, keep)
     return name, manifest.size_bytes, time.monotonic() - start
 
@@ -112,22 +115,20 @@ def _write_states(states: OptimizerStates, path: Path) -> dict[str, Any] | None:
     if not own:
         return None
     specs = [
-        TensorSpec(_key(kind, fragment), states.dtypes[kind], (fragment.length,))
+        TensorSpec(f"{state_key(kind, fragment.parameter)}/{fragment.start}", states.dtypes[kind], (fragment.length,))
         for tile in own
         for kind in KINDS
         for fragment in tile.fragments
     ]
     for tile in own:
         codes = states.eight_bits(tile)
-        specs += [
-            TensorSpec(_code_key(name, rank, tile), code.dtype, tuple(code.shape)) for name, code in codes.items()
-        ]
+        specs += [TensorSpec(code_key(name, rank, tile), code.dtype, tuple(code.shape)) for name, code in codes.items()]
     with TensorFile(path, specs) as file:
         for tile in own:
-            with states.open(tile) as flat:
+            with states.open(tile):
                 for kind in KINDS:
                     for fragment in tile.fragments:
-                        file.add(_piece(flat[kind], fragment).to(states.dtypes[kind]))
+                        file.add(states.piece(tile, kind, fragment).to(states.dtypes[kind]))
                         states.engine.on_progress()
         for tile in own:
             for code in states.eight_bits(tile).values():
@@ -141,6 +142,7 @@ def _write_weights(engine: TrainingEngine, path: Path) -> dict[str, Any] | None:
         file: TensorFile | None = None
         failure: OSError | None = None
         for _, weight in engine.gathered_weights():
+            engine.on_progress()
             if weight is None:
                 continue
             # The other ranks take part in every gathering: a full disk must not stop rank 0 in the middle of one.
@@ -152,188 +154,61 @@ def _write_weights(engine: TrainingEngine, path: Path) -> dict[str, Any] | None:
                     file.add(weight)
             except OSError as error:
                 failure = error
-            engine.on_progress()
         if failure:
             raise failure
         return file.close() if file else None
 
 
-def _key(kind: str, fragment: Fragment) -> str:
-    return f"{kind}/{fragment.parameter}/{fragment.start}"
+def state_key(kind: str, parameter: str) -> str:
+    """Of a parameter's states in the files; the number of a piece's first element follows."""
+    return f"{kind}/{parameter}"
 
 
-def _code_key(name: str, rank: int, tile: Tile) -> str:
+def code_key(name: str, rank: int, tile: Tile) -> str:
+    """Of a tile's 8-bit moments as they are."""
     return f"8bit.{name}/{tile.number}/{rank}"
-
-
-def _piece(flat: Tensor, fragment: Fragment) -> Tensor:
-    return flat.narrow(0, fragment.offset, fragment.length)
-
-
-def load(engine: TrainingEngine, folder: Path, passed_over: Callable[[str], None]) -> tuple[str, Position]:
-    """Puts every rank where the newest checkpoint that holds left off; returns (name, position).
-
-    passed_over: told of each newer checkpoint that is damaged, and why. Raises UserError when none holds.
-    """
-    damages: list[str] = []
-    found = _found(engine, folder, damages.append, before=None)
-    if found is None:
-        raise UserError(
-            f"--resume found no complete checkpoint in {folder}: leave --resume out and choose another --name."
-            + "".join(f" {damage}" for damage in damages)
-        )
-    for damage in damages:
-        passed_over(damage)
-    return _taken(engine, folder, *found)
-
-
-def load_before(
-    engine: TrainingEngine, folder: Path, passed_over: Callable[[str], None], step: int
-) -> tuple[str, Position] | None:
-    """The same for the newest checkpoint of an earlier step, and removes the later ones; None when there is none."""
-    found = _found(engine, folder, passed_over, before=step)
-    if found is None:
-        return None
-    taken = _taken(engine, folder, *found)
-    if engine.ranks.rank == 0:
-        for path in folder.glob("step-*"):
-            if path.name >= checkpoint_name(step):
-                with suppress(OSError):
-                    _remove(path)
-    return taken
-
-
-def _found(
-    engine: TrainingEngine, folder: Path, passed_over: Callable[[str], None], before: int | None
-) -> tuple[str, Manifest] | None:
-    """What rank 0 finds, on every rank."""
-    found: tuple[str, Manifest] | None = None
-    damages: list[str] = []
-    if engine.ranks.rank == 0:
-        found = newest(folder, damages.append, before=before)
-    found, damages = share((found, damages))
-    for damage in damages:
-        passed_over(damage)
-    return found
-
-
-def _taken(engine: TrainingEngine, folder: Path, name: str, manifest: Manifest) -> tuple[str, Position]:
-    states = OptimizerStates(engine)
-    states.prepare()
-    problem = None
-    try:
-        with _Pieces(folder / name, manifest) as pieces, torch.no_grad():
-            for tile in states.tiles:
-                with states.open(tile) as flat:
-                    _fill(tile, flat, pieces)
-                    if not _same_codes(states, tile, pieces, manifest):
-                        states.quantize(tile, flat)
-    except (OSError, ValueError) as error:
-        problem = str(error)
-    if problems := [said for said in gather_objects(problem) if said]:
-        raise UserError(
-            f"Checkpoint {name} in {folder} cannot be read ({problems[0]}): "
-            "move it away, and the one before it is taken."
-        )
-    states.finish(manifest.adam_steps, manifest.loss_scale)
-    engine.skipped_steps = manifest.position.skipped_steps
-    return name, manifest.position
-
-
-def _fill(tile: Tile, flat: dict[str, Tensor], pieces: "_Pieces") -> None:
-    for kind in KINDS:
-        for fragment in tile.fragments:
-            wanted = _piece(flat[kind], fragment)
-            done = 0
-            for piece in pieces.of(kind, fragment):
-                wanted.narrow(0, done, len(piece)).copy_(piece)
-                done += len(piece)
-            if done != fragment.length:
-                raise ValueError(f"it lacks part of the {kind} of {fragment.parameter}")
-
-
-def _same_codes(states: OptimizerStates, tile: Tile, pieces: "_Pieces", manifest: Manifest) -> bool:
-    """Takes 8-bit moments over as they are where the same stage and ranks wrote them; False where that is not so."""
-    ranks = states.engine.ranks
-    if (manifest.ranks, manifest.zero_stage) != (ranks.world_size, states.engine.plan.profile.zero_stage):
-        return False
-    writer = tile.number % ranks.world_size if tile.shared else ranks.rank
-    codes = states.eight_bits(tile)
-    for name, code in codes.items():
-        found = pieces.whole(_code_key(name, writer, tile))
-        if found is None or found.shape != code.shape:
-            return False
-        code.copy_(found)
-    return True
-
-
-class _Pieces:
-    """All state files of a checkpoint, opened: pieces of a parameter from whichever ranks wrote them."""
-
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self._paths = [folder / name for name in sorted(manifest.files) if name != WEIGHTS]
-        self._stack = ExitStack()
-        self._pieces: dict[str, list[tuple[int, Any]]] = {}
-
-    def __enter__(self) -> "_Pieces":
-        from safetensors import SafetensorError, safe_open
-
-        for path in self._paths:
-            try:
-                file = self._stack.enter_context(safe_open(path, framework="pt"))
-            except SafetensorError as error:
-                raise ValueError(f"{path.name}: {error}") from error
-            for key in file.keys():  # noqa: SIM118 (not a mapping)
-                whole, _, start = key.rpartition("/")
-                self._pieces.setdefault(whole, []).append((int(start), file.get_slice(key)))
-        for found in self._pieces.values():
-            found.sort(key=lambda piece: piece[0])
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pieces.clear()
-        self._stack.close()
-
-    def whole(self, key: str) -> Tensor | None:
-        """One tensor by its key."""
-        before, _, last = key.rpartition("/")
-        for start, piece in self._pieces.get(before, []):
-            if start == int(last):
-                tensor: Tensor = piece[:]
-                return tensor
-        return None
-
-    def of(self, kind: str, fragment: Fragment) -> list[Tensor]:
-        """The tensors that together are this fragment, in order; fewer where the files lack some."""
-        wanted_start, wanted_end = fragment.start, fragment.start + fragment.length
-        found: list[Tensor] = []
-        at = wanted_start
-        for start, piece in self._pieces.get(f"{kind}/{fragment.parameter}", []):
-            end = start + piece.get_shape()[0]
-            if start <= at < min(end, wanted_end):
-                found.append(piece[at - start : min(end, wanted_end) - start])
-                at = min(end, wanted_end)
-        return found
 
 
 def prune(folder: Path, newest_name: str, keep: int) -> None:
     """Keeps the `keep` newest complete checkpoints up to the one just written, and the best by validation loss.
 
-    Later ones were damaged and passed over by a resume, those without a manifest never completed.
+    Later ones were damaged and passed over by a resume.
     """
-    complete = sorted(
-        (path for path in folder.glob("step-*") if path.name <= newest_name and (path / MANIFEST).is_file()),
-        reverse=True,
-    )
-    kept = {path.name for path in complete[:keep]} | {best_name(folder)}
+    paths = sorted((path for path in folder.glob("step-*") if path.name <= newest_name), reverse=True)
+    complete = [path.name for path in paths if (path / MANIFEST).is_file()]
+    kept = {*complete[:keep], best_name(paths)}
     for path in folder.glob("step-*"):
-        if path.name not in kept or path.name > newest_name:
+        if path.name not in kept:
             with suppress(OSError):
                 _remove(path)
 
 
+def _replace(path: Path, written: Path) -> None:
+    """Gives a complete checkpoint its name. One of the same step, from before a resume, is whole until then."""
+    if path.exists():
+        earlier = path.with_name(f".{path.name}-earlier{WRITING}")
+        path.rename(earlier)
+        written.rename(path)
+        with suppress(OSError):
+            _remove(earlier)
+    else:
+        written.rename(path)
+    sync_folder(path.parent)
+
+
 def _remove(path: Path) -> None:
+    if path.is_symlink():
+        path.unlink()
+        return
     # The manifest goes first: half a folder must not look like a checkpoint.
     (path / MANIFEST).unlink(missing_ok=True)
     if path.exists():
         shutil.rmtree(path)
+
+
+def forget_from(folder: Path, step: int) -> None:
+    """Removes the checkpoints of this step and later ones."""
+    for path in folder.glob("step-*"):
+        if path.name >= checkpoint_name(step):
+            with suppress(OSError):
+                _remove(path)

@@ -221,7 +221,8 @@ class TrainingEngine:
     def micro_step(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Forward and backward of one micro-batch (B, T); returns its mean loss, still on the device."""
         loss: Tensor = self.engine(ids, targets)
-        self.engine.backward(loss)
+        # A loss that is not finite makes gradients that are none either, so that the step is left out.
+        self.engine.backward(loss * torch.where(torch.isfinite(loss), 1.0, torch.nan))
         self.on_progress()
         return loss.detach()
 
@@ -234,8 +235,7 @@ class TrainingEngine:
 
         A step with a non-finite gradient anywhere is left out on every rank.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        self.set_rate(lr)
         if self.plain:
             return self._plain_step()
         skipped_before = self.engine.skipped_steps
@@ -246,6 +246,20 @@ class TrainingEngine:
         if self.plan.profile.zero_stage == 0 and self.loss_scale:
             norm /= self.loss_scale  # left in by this one (unfused_optimizer.py:224)
         return norm, taken
+
+    @property
+    def stepping_optimizers(self) -> list[torch.optim.Optimizer]:
+        """The optimizers that step: DeepSpeed's wrappers have one inside, and with part of it offloaded two."""
+        if self.plain:
+            return [self.optimizer]
+        inside = (self.optimizer.optimizer, getattr(self.optimizer, "backup_optimizer", None))
+        return [optimizer for optimizer in inside if optimizer is not None]
+
+    def set_rate(self, lr: float) -> None:
+        """The learning rate of the next step."""
+        for optimizer in self.stepping_optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
 
     def _plain_step(self) -> tuple[float, bool]:
         gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]

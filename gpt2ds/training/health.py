@@ -27,32 +27,32 @@ class Health:
     """Watches loss and gradients step by step; the same on all ranks, because they see the same numbers."""
 
     def __init__(self) -> None:
+        self.steps_in_trouble = 0
+        """How many of the last steps were bad, without a good one between them."""
         self._skipped_in_a_row = 0
         self._high_in_a_row = 0
         self._losses: deque[float] = deque(maxlen=NOISE_STEPS)
-
-    @property
-    def steps_in_trouble(self) -> int:
-        """How many of the last steps were bad."""
-        return max(self._skipped_in_a_row, self._high_in_a_row)
 
     def saw(self, loss: float, taken: bool) -> str | None:
         """Notes one step; a sentence when the run should go back to before the last `steps_in_trouble` steps.
 
         loss: the mean over the global batch, in nats. taken: whether the gradient was finite.
         """
-        self._skipped_in_a_row = 0 if taken else self._skipped_in_a_row + 1
-        if self._skipped_in_a_row >= NON_FINITE_STEPS_MOST:
+        if not taken or not math.isfinite(loss):
+            self.steps_in_trouble += 1
+            self._skipped_in_a_row += 1
+            if self._skipped_in_a_row < NON_FINITE_STEPS_MOST:
+                return None
             return f"The gradient was not finite in {self._skipped_in_a_row} steps in a row."
-        if not math.isfinite(loss):
-            return None
+        self._skipped_in_a_row = 0
         level, noise = self._level(), self._noise()
         high = loss - level > max(SPIKE_DEVIATIONS * noise, SPIKE_LEAST_NATS)
         if len(self._losses) < NOISE_STEPS or not high:
-            self._high_in_a_row = 0
+            self._high_in_a_row = self.steps_in_trouble = 0
             self._losses.append(loss)
             return None
         self._high_in_a_row += 1
+        self.steps_in_trouble += 1
         if self._high_in_a_row < SPIKE_STEPS:
             return None
         return (
@@ -62,7 +62,7 @@ class Health:
 
     def forget_trouble(self) -> None:
         """After a return: the bad steps did not happen."""
-        self._skipped_in_a_row = self._high_in_a_row = 0
+        self.steps_in_trouble = self._skipped_in_a_row = self._high_in_a_row = 0
 
     def _level(self) -> float:
         return statistics.median(list(self._losses)[-LEVEL_STEPS:]) if self._losses else math.inf

@@ -64,7 +64,7 @@ def chosen_weights(run: Path, checkpoint: str, tell: Callable[[str], None]) -> t
     folder = run / "checkpoints"
     # Names come from the folder alone: what is asked for is only compared with them, so it leads nowhere else.
     names = sorted(path.name for path in folder.glob("step-*") if path.is_dir())
-    if checkpoint == "best" and (checkpoint := best_name(folder) or "") not in names:
+    if checkpoint == "best" and (checkpoint := best_name(folder.glob("step-*")) or "") not in names:
         raise UserError(
             f"No checkpoint of {run} was saved at a step with a validation loss, so none is known to be the best: "
             "leave --checkpoint out for the newest."

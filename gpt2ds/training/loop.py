@@ -20,7 +20,7 @@ from gpt2ds.errors import UserError
 from gpt2ds.files import not_writable, write_atomically
 from gpt2ds.plan import Plan, evaluation_interval
 from gpt2ds.runlog.metrics import Recorder
-from gpt2ds.training import checkpoints
+from gpt2ds.training import checkpoints, restoring
 from gpt2ds.training.data_position import DataPosition
 from gpt2ds.training.diagnosis import diagnose
 from gpt2ds.training.engine import TrainingEngine, gather_numbers, share
@@ -133,12 +133,17 @@ class Run:
         resumed_from = None
         passed_over: list[str] = []
         if self.plan.resumed:
-            resumed_from, position = checkpoints.load(self.engine, self.checkpoints, passed_over.append)
+            resumed_from, position = restoring.load(self.engine, self.checkpoints, passed_over.append)
             self._go_on_from(position)
             self.clock = Clock(position.elapsed_seconds)
             # The schedule goes on as it was decided, unless another one is asked for now.
             if position.schedule == asdict(self.plan.schedule):
-                self.rate = LearningRate(**position.learning_rate)
+                try:
+                    self.rate = LearningRate(**position.learning_rate)
+                except TypeError as error:
+                    raise UserError(
+                        f"Checkpoint {resumed_from} was written by another version ({error}): resume it with that one."
+                    ) from error
                 self.speed_measured = position.speed_measured
                 self.evaluate_every = self.plan.options.evaluate_every or position.evaluate_every
         # Only now that nothing can be refused any more: an earlier session's plan stays until then.
@@ -290,7 +295,7 @@ class Run:
         passed_over: list[str] = []
         found, why = None, f"{RETURNS_MOST} returns did not help"
         if self.returns_without_progress < RETURNS_MOST:
-            found = checkpoints.load_before(self.engine, self.checkpoints, passed_over.append, first)
+            found = restoring.load_before(self.engine, self.checkpoints, passed_over.append, first)
             why = "there is no checkpoint to go back to"
         for sentence in passed_over:
             self.record("incident", what=sentence)
@@ -312,6 +317,7 @@ class Run:
             what=f"{trouble} The run went back from step {last} to {name} and passes over the "
             f"{guilty[1] - guilty[0]:,} sequences of steps {first} to {last}.",
         )
+        self.save()  # the same once more, but it knows what is passed over, also when the run is stopped now
         return None
 
     def diagnose(self, sequences_seen: int, lr: float) -> None:
@@ -352,7 +358,9 @@ class Run:
 
     def _evaluation_due(self) -> bool:
         every = self.evaluate_every
-        return bool(every) and self.step % (every or 1) == 0 and self.evaluated_at != self.step
+        due = bool(every) and self.step % (every or 1) == 0
+        # The last weights as well, before they are saved: their loss belongs to their checkpoint.
+        return (due or self.step == self.rate.total_steps) and self.evaluated_at != self.step
 
     def _save_due(self) -> bool:
         return self.signals.save_wanted or self.saving.due(self.step)
@@ -422,10 +430,10 @@ class Run:
             evaluated_at=self.evaluated_at,
             val_loss=self.val_loss if self.evaluated_at == self.step else None,
         )
+        # In the middle of trouble nothing is removed: the checkpoint before it may be the last good one.
+        keep = None if self.health.steps_in_trouble else self.plan.options.get("keep")
         try:
-            name, size, seconds = checkpoints.save(
-                self.engine, self.checkpoints, position, self.plan.options.get("keep"), _versions()
-            )
+            name, size, seconds = checkpoints.save(self.engine, self.checkpoints, position, keep, _versions())
         except checkpoints.SaveError as error:
             self.saving.failed()
             self.record(

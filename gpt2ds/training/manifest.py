@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import UnionType
@@ -102,9 +102,9 @@ def read_manifest(folder: Path) -> Manifest:
         for name, hint in get_type_hints(type(part)).items():
             if not _fits(getattr(part, name), hint):
                 raise ValueError(f"its {MANIFEST} holds a {name} that is none")
-    if position.step < 0 or not abs(position.elapsed_seconds) < math.inf:
+    if min(position.step, position.sequences_seen) < 0 or not abs(position.elapsed_seconds) < math.inf:
         raise ValueError(f"its {MANIFEST} holds a step or a time that is none")
-    if any(len(ends) != 2 for ends in position.passed_over):
+    if any(len(ends) != 2 or not 0 <= ends[0] < ends[1] for ends in position.passed_over):
         raise ValueError(f"its {MANIFEST} holds a range of sequences that is none")
     for name, described in manifest.files.items():
         if name in ("", "..") or Path(name).name != name:
@@ -136,10 +136,11 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, kind)
 
 
-def verify(folder: Path, only: str | None = None) -> Manifest:
+def verify(folder: Path, only: str | None = None, progress: Callable[[], None] = lambda: None) -> Manifest:
     """The manifest, after comparing every file (or `only` that one) with what it says of it.
 
-    Raises ValueError with what is damaged, by the file's name.
+    progress: called now and then, for gigabytes take minutes. Raises ValueError with what is damaged, by the file's
+    name.
     """
     manifest = read_manifest(folder)
     for name, expected in manifest.files.items():
@@ -152,7 +153,7 @@ def verify(folder: Path, only: str | None = None) -> Manifest:
             size = file.stat().st_size
             if size != expected["bytes"]:
                 raise ValueError(f"{name} has {size:,} bytes instead of {expected['bytes']:,}")
-            if file_sha256(file) != expected["sha256"]:
+            if file_sha256(file, progress) != expected["sha256"]:
                 raise ValueError(f"{name} was changed since it was saved (its sha256 differs)")
         except OSError as error:
             raise ValueError(f"{name} cannot be read ({error.strerror})") from error
@@ -166,7 +167,11 @@ def _no_file(path: Path) -> str | None:
 
 
 def newest(
-    folder: Path, passed_over: Callable[[str], None], only: str | None = None, before: int | None = None
+    folder: Path,
+    passed_over: Callable[[str], None],
+    only: str | None = None,
+    before: int | None = None,
+    progress: Callable[[], None] = lambda: None,
 ) -> tuple[str, Manifest] | None:
     """(name, manifest) of the newest checkpoint of a run whose files are all as its manifest says.
 
@@ -177,7 +182,7 @@ def newest(
         if before is not None and path.name >= checkpoint_name(before):
             continue
         try:
-            return path.name, verify(path, only)
+            return path.name, verify(path, only, progress)
         except ValueError as damage:
             passed_over(f"Checkpoint {path.name} is passed over: {damage}.")
     return None
@@ -193,15 +198,15 @@ def newest_name(folder: Path) -> str | None:
     return max((path.parent.name for path in folder.glob(f"step-*/{MANIFEST}")), default=None)
 
 
-def best_name(folder: Path) -> str | None:
-    """Name of the checkpoint with the lowest validation loss of those that were evaluated; None when there is none."""
+def best_name(checkpoints: Iterable[Path]) -> str | None:
+    """Name of the one with the lowest validation loss of those that were evaluated; None when there is none."""
     losses: dict[str, float] = {}
-    for path in sorted(folder.glob("step-*")):
+    for path in sorted(checkpoints):
         try:
             loss = read_manifest(path).position.val_loss
         except ValueError:
             continue
-        if isinstance(loss, int | float) and math.isfinite(loss):
+        if loss is not None and math.isfinite(loss):
             losses[path.name] = loss
     return min(losses, key=lambda name: losses[name], default=None)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import time
 from dataclasses import asdict, dataclass, fields, replace
@@ -100,6 +101,8 @@ class RankStates:
         self._files = {rank: folder / f"rank-{rank:05d}.json" for rank in range(ranks)}
         self._others: dict[int, RankState] = {}
         self._proven: set[int] = set()
+        self.others_moved_at = -math.inf
+        """When the position of another rank was last seen to change, by time.monotonic()."""
         self._beat = 0
 
     def forget_own(self) -> None:
@@ -139,6 +142,8 @@ class RankStates:
                 changed = earlier is None or earlier.beat != state.beat
                 if earlier is not None and changed:
                     self._proven.add(rank)
+                if earlier is not None and earlier.position != state.position:
+                    self.others_moved_at = now
                 seen_at = now if changed or earlier is None else earlier.seen_at
                 self._others[rank] = replace(state, seen_at=seen_at)
 
@@ -161,6 +166,7 @@ class RankStates:
 
     def forgive(self, seconds: float) -> None:
         """After a time in which this process was stopped: nobody was silent then."""
+        self.others_moved_at += seconds
         self._others = {rank: replace(state, seen_at=state.seen_at + seconds) for rank, state in self._others.items()}
 
     def _is_of_this_session(self, state: RankState) -> bool:

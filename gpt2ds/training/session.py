@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import threading
+import uuid
 from collections.abc import Callable
 from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from gpt2ds.training.loop import OUTCOME, Ending, Run
 from gpt2ds.training.manifest import newest_name
 from gpt2ds.training.memory_watch import AllocatorWatch, MemoryWatch
 from gpt2ds.training.out_of_memory import explain, is_out_of_memory
-from gpt2ds.training.vigil import Vigil
+from gpt2ds.training.vigil import Vigil, leaving_with_launcher
 
 # A main thread whose collective failed says what it knows within this; one that still waits in it never will.
 SPEAK_SECONDS = 4.0
@@ -70,10 +71,11 @@ def train(
     """
     cap = card_bytes(plan.options.gpu_memory) if plan.options.gpu_memory else None
     try:
-        # The vigil speaks at the plan's timeout; a collective that gave up first could not say who is missing.
-        ranks = start_ranks(plan.device_kind, memory_cap_bytes=cap, timeout_seconds=2 * plan.rank_timeout_seconds)
-        # Folder names carry the time and memory can differ between cards: one plan must count, and it is rank 0's.
-        plan = share(plan)
+        with leaving_with_launcher():
+            # The vigil speaks at the plan's timeout; a collective that gave up first could not say who is missing.
+            ranks = start_ranks(plan.device_kind, memory_cap_bytes=cap, timeout_seconds=2 * plan.rank_timeout_seconds)
+            # Folder names carry the time and memory can differ between cards: one plan must count, and it is rank 0's.
+            plan = share(plan)
     except Exception as error:
         if answer := _answer(error, plan, int(os.environ["RANK"]), "while starting"):
             raise answer from error
@@ -146,13 +148,15 @@ def _session(plan: Plan, ranks: Ranks, log: _Log, signals: StopSignals, watch: M
         timeout_seconds=plan.rank_timeout_seconds,
         on_launcher_gone=signals.launcher_gone,
         on_lost=log.rank_lost,
+        session=share(uuid.uuid4().hex),
     )
     with chatter_to(plan.folder / "deepspeed.log") as chatter, watch or nullcontext(), vigil:
         try:
             engine = TrainingEngine(plan, ranks, chatter)
             run = log.run = Run(plan, engine, log.recorder, signals, watch)
             engine.on_progress = lambda: vigil.progress(run.step, run.doing)
-            ending = run.go()
+            ending = run.end(run.go())
+            stop_ranks()
         except UserError:
             raise  # a resume that is refused: the run is as it was
         except BaseException as error:
@@ -166,8 +170,6 @@ def _session(plan: Plan, ranks: Ranks, log: _Log, signals: StopSignals, watch: M
             log.failed(_first_line(error))
             # Without leaving the group in good order: the other ranks may wait in the middle of a collective.
             raise
-        ending = run.end(ending)
-        stop_ranks()
     return Outcome(ending=ending, step=run.step, is_main=ranks.rank == 0, folder=plan.folder)
 
 

@@ -23,6 +23,7 @@ KINDS = (MASTER, *MOMENTS)
 # bitsandbytes' names of the moments, and the elements that share a scale (its optimizers' block size).
 EIGHT_BIT_MOMENTS = {"exp_avg": "1", "exp_avg_sq": "2"}
 EIGHT_BIT_BLOCK = 256
+QUANTIZED_AT_A_TIME = 2**24
 
 # What a dynamic loss scale consists of, in the classes of all stages.
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -132,24 +133,15 @@ class OptimizerStates:
 
     @property
     def loss_scale(self) -> dict[str, float]:
-        """The course of a dynamic loss scale; constants in other types than fp16."""
+        """The course of a dynamic loss scale; nothing where it is fixed, or there is none."""
         scaler = self._scaler
+        if not _is_dynamic(scaler):
+            return {}
         return {name: getattr(scaler, name) for name in LOSS_SCALE if getattr(scaler, name, None) is not None}
 
     @contextmanager
-    def open(self, tile: Tile) -> Iterator[dict[str, Tensor]]:
-        """The tile's states by kind, flat and in place (8-bit moments as an fp32 copy; `quantize` stores those)."""
-        with self._in_memory(tile):
-            states = {MASTER: self._masters[tile.number].detach().view(-1)}
-            for kind in MOMENTS:
-                moment = _moment(self._state(tile), kind)
-                # Before the first step there are none, which means zero.
-                states[kind] = torch.zeros_like(states[MASTER]) if moment is None else moment.view(-1)
-            yield states
-
-    @contextmanager
-    def _in_memory(self, tile: Tile) -> Iterator[None]:
-        """Reads a tile that lies on an NVMe disk, and writes it back at the end."""
+    def open(self, tile: Tile) -> Iterator[None]:
+        """While entered, the tile is in memory: one that lies on an NVMe disk is read, and written back at the end."""
         swapped = self._stage_3 and self.optimizer._swappable_optimizer_subgroup(tile.number)
         if swapped:
             self.optimizer._optimizer_states_and_gradient_swap_in(tile.number)
@@ -163,12 +155,10 @@ class OptimizerStates:
         """Lets Adam make its moments, which it does at its first step: one on zero gradients at learning rate 0."""
         if self._stage_3:
             self.optimizer.checkpoint_event_prologue()
-        for optimizer in self._bases:
-            for group in optimizer.param_groups:
-                group["lr"] = 0.0
+        self.engine.set_rate(0.0)
         for tile in self.tiles:
-            if _moment(self._state(tile), MOMENTS[0]) is None:
-                with self._in_memory(tile):
+            if not self._state(tile):
+                with self.open(tile):
                     self._step_on_zeros(tile)
 
     def _step_on_zeros(self, tile: Tile) -> None:
@@ -177,8 +167,25 @@ class OptimizerStates:
         if self._stage_3:
             self.optimizer._optimizer_step(tile.number)
         else:
-            self._bases[0].step()
+            self.engine.stepping_optimizers[0].step()
         master.grad = kept
+
+    def piece(self, tile: Tile, kind: str, fragment: Fragment) -> Tensor:
+        """A fragment's states, flat and in place; but moments in 8 bits are the fp32 numbers they stand for, and before
+        Adam's first step moments are zeros that nothing holds.
+        """
+        master = self._masters[tile.number].detach().view(-1)
+        if kind == MASTER:
+            return master.narrow(0, fragment.offset, fragment.length)
+        state, number = self._state(tile), EIGHT_BIT_MOMENTS[kind]
+        if f"qmap{number}" in state:
+            # No more than the fragment: a whole tile in fp32 may be what the 8 bits were to save.
+            return _dequantized(state, number, fragment.offset, fragment.length)
+        # bitsandbytes leaves small tensors in fp32 under its own names.
+        moment: Tensor | None = state.get(kind, state.get(f"state{number}"))
+        if moment is None:
+            return torch.zeros(fragment.length, dtype=self.dtypes[kind])
+        return moment.view(-1).narrow(0, fragment.offset, fragment.length)
 
     def eight_bits(self, tile: Tile) -> dict[str, Tensor]:
         """8-bit moments as they are, in place: codes and scales; nothing for moments of another kind.
@@ -190,12 +197,21 @@ class OptimizerStates:
         numbers = [number for number in EIGHT_BIT_MOMENTS.values() if f"qmap{number}" in state]
         return {f"{part}{number}": state[f"{part}{number}"] for number in numbers for part in ("state", "absmax")}
 
-    def quantize(self, tile: Tile, states: dict[str, Tensor]) -> None:
-        """Stores what was written into the fp32 copies that `open` gave of 8-bit moments."""
-        state = self._state(tile)
-        for kind, number in EIGHT_BIT_MOMENTS.items():
-            if f"qmap{number}" in state:
-                _quantize(state, number, states[kind])
+    def empty(self, tile: Tile) -> Tensor:
+        """Zeros on the host, as many as the tile has elements."""
+        return torch.zeros(self._masters[tile.number].numel())
+
+    def quantize(self, tile: Tile, kind: str, moment: Tensor) -> None:
+        """Replaces an 8-bit moment by what these numbers, of the whole tile, become in 8 bits."""
+        from bitsandbytes.functional import quantize_blockwise
+
+        state, number = self._state(tile), EIGHT_BIT_MOMENTS[kind]
+        codes, scales = state[f"state{number}"].view(-1), state[f"absmax{number}"].view(-1)
+        for start in range(0, len(moment), QUANTIZED_AT_A_TIME):
+            part = moment[start : start + QUANTIZED_AT_A_TIME].to(codes.device)
+            quantized, found = quantize_blockwise(part, code=state[f"qmap{number}"], blocksize=EIGHT_BIT_BLOCK)
+            codes[start : start + len(part)].copy_(quantized.view(-1))
+            scales[start // EIGHT_BIT_BLOCK :][: len(found.absmax)].copy_(found.absmax)
 
     def finish(self, adam_steps: int, loss_scale: dict[str, float]) -> None:
         """After all tiles: counters, and the weights in the compute type made anew from the master weights."""
@@ -204,12 +220,13 @@ class OptimizerStates:
                 state["step"].fill_(adam_steps)
             else:
                 state["step"] = adam_steps
-        for name, value in loss_scale.items():
-            if getattr(self._scaler, name, None) is not None:
-                setattr(self._scaler, name, value)
+        if _is_dynamic(self._scaler):
+            for name in LOSS_SCALE:
+                if name in loss_scale and getattr(self._scaler, name, None) is not None:
+                    setattr(self._scaler, name, loss_scale[name])
         if self._stage_3:
             for tile in self.tiles:
-                with self._in_memory(tile):
+                with self.open(tile):
                     self.optimizer._reassign_or_swap_out_partitioned_parameters(tile.number)
             self.optimizer.checkpoint_event_epilogue()
         elif hasattr(self.optimizer, "update_lp_params"):
@@ -222,15 +239,8 @@ class OptimizerStates:
     def _state(self, tile: Tile) -> dict[str, Any]:
         """What Adam keeps of a tile; empty before its first step."""
         master = self._masters[tile.number]
-        return next((optimizer.state[master] for optimizer in self._bases if master in optimizer.state), {})
-
-    @property
-    def _bases(self) -> list[torch.optim.Optimizer]:
-        """The optimizers that step: DeepSpeed's wrappers have one inside, and with part of it offloaded two."""
-        if self.engine.plain:
-            return [self.optimizer]
-        inside = (self.optimizer.optimizer, getattr(self.optimizer, "backup_optimizer", None))
-        return [optimizer for optimizer in inside if optimizer is not None]
+        optimizers = self.engine.stepping_optimizers
+        return next((optimizer.state[master] for optimizer in optimizers if master in optimizer.state), {})
 
     @property
     def _scaler(self) -> Any:
@@ -238,27 +248,19 @@ class OptimizerStates:
         return unfused or getattr(self.optimizer, "loss_scaler", None)
 
 
-def _moment(state: dict[str, Any], kind: str) -> Tensor | None:
-    number = EIGHT_BIT_MOMENTS[kind]
-    if f"qmap{number}" in state:
-        from bitsandbytes.functional import dequantize_blockwise
-
-        moment: Tensor = dequantize_blockwise(
-            state[f"state{number}"],
-            absmax=state[f"absmax{number}"],
-            code=state[f"qmap{number}"],
-            blocksize=EIGHT_BIT_BLOCK,
-        )
-        return moment
-    # bitsandbytes leaves small tensors in fp32 under its own names.
-    found: Tensor | None = state.get(kind, state.get(f"state{number}"))
-    return found
+def _is_dynamic(scaler: Any) -> bool:
+    return bool(getattr(scaler, "dynamic", getattr(scaler, "dynamic_loss_scale", False)))
 
 
-def _quantize(state: dict[str, Any], number: str, moment: Tensor) -> None:
-    from bitsandbytes.functional import quantize_blockwise
+def _dequantized(state: dict[str, Any], number: str, offset: int, length: int) -> Tensor:
+    from bitsandbytes.functional import dequantize_blockwise
 
-    shape = state[f"state{number}"].shape
-    quantized, scales = quantize_blockwise(moment.view(shape), code=state[f"qmap{number}"], blocksize=EIGHT_BIT_BLOCK)
-    state[f"state{number}"].copy_(quantized.view(shape))
-    state[f"absmax{number}"].copy_(scales.absmax)
+    first, last = offset // EIGHT_BIT_BLOCK, -(-(offset + length) // EIGHT_BIT_BLOCK)
+    codes: Tensor = state[f"state{number}"].view(-1)[first * EIGHT_BIT_BLOCK : last * EIGHT_BIT_BLOCK]
+    whole: Tensor = dequantize_blockwise(
+        codes.contiguous(),
+        absmax=state[f"absmax{number}"].view(-1)[first:last],
+        code=state[f"qmap{number}"],
+        blocksize=EIGHT_BIT_BLOCK,
+    )
+    return whole.view(-1).narrow(0, offset - first * EIGHT_BIT_BLOCK, length)

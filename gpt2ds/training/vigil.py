@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -23,6 +23,24 @@ STOPPED_SECONDS = 5.0
 # A rank that fails by an error of its own says it itself, and its launcher then ends the others.
 OTHERS_SPEAK_SECONDS = 5.0
 LAST_WORDS_SECONDS = 25.0
+
+
+@contextlib.contextmanager
+def leaving_with_launcher() -> Iterator[None]:
+    """While the ranks meet, before there is anything to save: a rank whose launcher has died leaves at once."""
+    met = threading.Event()
+    supervisors = Supervisors()
+
+    def watch() -> None:
+        while not met.wait(LOOK_SECONDS):
+            if supervisors.one_is_gone():
+                os._exit(1)
+
+    threading.Thread(target=watch, name="vigil", daemon=True).start()
+    try:
+        yield
+    finally:
+        met.set()
 
 
 class Vigil:
@@ -153,8 +171,9 @@ class Vigil:
                 self._failed_elsewhere = f"{other.name} failed: {other.failed}; its last step was {other.last_step}."
                 if silence_of(other, now) > OTHERS_SPEAK_SECONDS:
                     return self._failed_elsewhere
-        still_seconds = now - self._movement.at
-        return self._who_hangs(now) if still_seconds >= self.timeout_seconds else None
+        # One that waits for another does not move either: as long as anybody does, nobody hangs.
+        moved_at = max(self._movement.at, self._states.others_moved_at)
+        return self._who_hangs(now) if now - moved_at >= self.timeout_seconds else None
 
     def _who_hangs(self, now: float) -> str:
         own = self._own.moved(self._movement)

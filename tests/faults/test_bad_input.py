@@ -22,6 +22,8 @@ from hypothesis import strategies as st
 from support import run_cli
 from training.made_run import make_run
 
+from gpt2ds.training.manifest import sealed
+
 EVERY_TEST_AT_LEAST = 400
 
 
@@ -199,7 +201,7 @@ def test_fields_of_manifests(cases: Cases, run: Path, at: str, value: Any, throu
     folder = run_case(cases, run)
     for path in checkpoints(folder):
         content = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        put(path / "manifest.json", changed(content, at, value))
+        put(path / "manifest.json", sealed(changed(content, at, value)))
     cases.refused(THROUGH[through], folder, what=f"{at} {value!r:.50}")
 
 
@@ -214,7 +216,7 @@ def test_paths_in_manifests_lead_nowhere_else(cases: Cases, run: Path, name: str
             "bytes": 6,
             "sha256": "2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b",
         }
-        put(path / "manifest.json", content)
+        put(path / "manifest.json", sealed(content))
     cases.refused(THROUGH[through], folder, what=name)
 
 
@@ -236,7 +238,7 @@ def test_weights_from_strangers(cases: Cases, run: Path, name: str) -> None:
         put(path / "model.safetensors", weights)
         content = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         described = {"bytes": len(weights), "sha256": hashlib.sha256(weights).hexdigest()}
-        put(path / "manifest.json", changed(content, "files.model~safetensors", described))
+        put(path / "manifest.json", sealed(changed(content, "files.model~safetensors", described)))
     (folder / "alone.safetensors").write_bytes(weights)
     cases.refused(THROUGH["export"], folder, what=name)
     cases.refused(["generate", "alone.safetensors", "Fruits"], folder, what=name)
@@ -298,7 +300,7 @@ def test_resume_finds_no_checkpoint_that_holds(cases: Cases, run: Path) -> None:
     for path in checkpoints(folder):
         content = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         content["files"]["../../../secret"] = {"bytes": 6, "sha256": "0" * 64}
-        put(path / "manifest.json", content)
+        put(path / "manifest.json", sealed(content))
     result = run_cli(*RESUME, cwd=folder)
     assert result.returncode == 2, result.stdout + result.stderr
     assert "Traceback" not in result.stderr

@@ -19,7 +19,7 @@ from gpt2ds.gpt2.model import GPT2
 from gpt2ds.options import TrainOptions
 from gpt2ds.plan import Plan
 from gpt2ds.planning import resolve
-from gpt2ds.training import checkpoints
+from gpt2ds.training import checkpoints, restoring
 from gpt2ds.training.engine import Ranks, TrainingEngine, parameter_groups, start_ranks, stop_ranks
 from gpt2ds.training.evaluation import Evaluation, sample_text, to_device
 
@@ -80,7 +80,7 @@ def crossed(plans: dict[str, Plan], saved: dict[str, Path], ranks: Ranks) -> dic
         names = sorted(name for name in plans if (plans[name].profile.dtype == "fp32") is exact)
         for name, source in zip(names, names[1:] + names[:1], strict=True):
             engine = TrainingEngine(plans[name], ranks, io.StringIO())
-            checkpoints.load(engine, saved[source], print)
+            restoring.load(engine, saved[source], print)
             again = saved[source].parent / f"{name}-from-{source}"
             checkpoints.save(engine, again, position_at(STEPS + 2), 1, {})
             loss, norm, _ = one_step(engine, plans[name], STEPS + 2)
@@ -132,7 +132,7 @@ def main(profiles: Path, models_file: Path, corpus: Path) -> None:
         checkpoints.save(engine, saved, position_at(STEPS + 2, skipped_steps=3), 1, {})
         going_on = one_step(engine, plan, STEPS + 2)
         resumed_engine = TrainingEngine(plan, ranks, io.StringIO())
-        _, position = checkpoints.load(resumed_engine, saved, print)
+        _, position = restoring.load(resumed_engine, saved, print)
         resumed = one_step(resumed_engine, plan, STEPS + 2)
         going_on_weights, resumed_weights = weights_of(engine), weights_of(resumed_engine)
         if ranks.rank == 0:

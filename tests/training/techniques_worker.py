@@ -21,7 +21,7 @@ from gpt2ds.gpt2.model import GPT2
 from gpt2ds.options import TrainOptions
 from gpt2ds.plan import Plan
 from gpt2ds.planning import resolve
-from gpt2ds.training import checkpoints
+from gpt2ds.training import checkpoints, restoring
 from gpt2ds.training.engine import TrainingEngine, gather_numbers, parameter_groups, start_ranks, stop_ranks
 from gpt2ds.training.evaluation import to_device
 
@@ -122,7 +122,7 @@ def trained(plan: Plan, engine: TrainingEngine, folder: Path) -> dict[str, Any]:
     checkpoints.save(engine, folder, position_at(STEPS), 1, {})
     going_on = [one_step(engine, step)[0] for step in (STEPS, STEPS + 1)]
     again = TrainingEngine(plan, engine.ranks, io.StringIO())
-    checkpoints.load(again, folder, print)
+    restoring.load(again, folder, print)
     resumed = [one_step(again, step)[0] for step in (STEPS, STEPS + 1)]
     weights, resumed_weights = weights_of(engine), weights_of(again)
     if not weights:
