@@ -1,41 +1,20 @@
-"""Kills and signals at moments drawn from a seed, and what must hold after each one. See killed_runs.py."""
+"""Kills and signals at given moments, and what must hold after each one. See killed_runs.py."""
 
 import json
 import os
-import random
 import shutil
 import signal
 import time
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
+from drawn_moments import Moment, Victim, kind_of
 from killed_runs import GRACE_SECONDS, RANKS, START_SECONDS, Chain, Marked, Session, must
 
 from gpt2ds.training.manifest import verify
 
-SAVE_PHASES = ("begun", "states", "weights", "manifest", "prune")
-SAVING_SHARE = 0.55
-LOADING_SHARE = 0.1
-
 # After the signal a rank ends the micro-batch that it is in, and one more where the other rank had gone on by then.
 MICRO_BATCHES_MOST = 2
-
-
-class Moment(NamedTuple):
-    """When: the n-th marker of a kind that rank 0 writes in a session, and a fraction of the time to the next one."""
-
-    kind: str
-    nth: int
-    fraction: float
-
-
-class Victim(NamedTuple):
-    """Whom, in a run started how."""
-
-    name: str
-    how: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,52 +42,13 @@ class Signalled:
     step: int
     moment: str
     in_save: bool
+    saved_before: bool
+    """Whether a SIGUSR1 had come before it, and the run had saved and gone on."""
     in_window: bool
     """Whether it came in the middle of a step, which was left."""
     micro_batches_after: list[int]
     """Of each rank after the signal had reached it."""
     ranks_left_seconds: float
-
-
-def kind_of(mark: Marked) -> str:
-    """ "step 5 done" is a "step", "save 5: states" are "states", "save 5 begun" is "begun"."""
-    words = mark.words.split()
-    return words[0] if words[0] in ("step", "micro", "load") else words[-1]
-
-
-def usual_seconds(markers: Iterable[Marked]) -> dict[str, float]:
-    """How long each kind of marker usually waits for the next one, by the markers of an unbroken run."""
-    marks = [mark for mark in markers if kind_of(mark) != "micro"]
-    gaps: dict[str, list[float]] = {}
-    for mark, following in pairwise(marks):
-        if mark.words.startswith(("step", "save")) and not following.words.startswith("exit"):
-            gaps.setdefault(kind_of(mark), []).append(following.at - mark.at)
-    return {kind: sum(seconds) / len(seconds) for kind, seconds in gaps.items()}
-
-
-def draw_kill_moment(draw: random.Random, chain: Chain) -> Moment:
-    """More than half of them inside a save; some in the middle of loading, where there is something to load."""
-    share = draw.random()
-    if share < SAVING_SHARE:
-        return Moment(draw.choice(SAVE_PHASES), draw.choice((1, 1, 2)), draw.random())
-    if share < SAVING_SHARE + LOADING_SHARE and chain.newest():
-        return Moment("load", 1, draw.random())
-    return Moment("step", draw.randint(1, chain.shape.save_every + 2), draw.random())
-
-
-def draw_signal_moment(draw: random.Random, chain: Chain) -> Moment:
-    """Three quarters at any micro-batch of the first steps, the others inside a save."""
-    if draw.random() < 0.75:
-        return Moment("micro", draw.randint(1, 2 * chain.shape.accumulation), draw.random())
-    return Moment(draw.choice(SAVE_PHASES), 1, draw.random())
-
-
-def draw_victim(draw: random.Random, turn: int) -> Victim:
-    """One rank, all ranks, the launcher, in turn."""
-    if turn % 3 == 2:
-        return Victim(draw.choice(("launcher", "gpt2ds train")), "train")
-    name = "all ranks" if turn % 3 else f"rank {draw.randrange(RANKS)}"
-    return Victim(name, draw.choice(("train", "ranks")))
 
 
 def kill_once(chain: Chain, victim: Victim, moment: Moment, usual: dict[str, float]) -> Kill | None:
@@ -177,6 +117,7 @@ def signal_once(
     must(ends == ["exit 0"] * RANKS and outcome.get("exit_code") == 0, f"the ranks ended with {ends}\n{session.output}")
     must(seconds <= GRACE_SECONDS, f"the ranks took {seconds:.1f} s")
     _all_are_whole(chain)
+    must(chain.newest() is not None, "there is no checkpoint")
     must(_step(chain.newest()) == _reached(session), f"stopped at step {_reached(session)}, saved: {chain.newest()}")
     reason = "the launcher is gone" if how == "deepspeed" else f"interrupted by {number.name}"
     must([end["reason"] for end in session.wrote("end")] == [reason], f"the log ends with {session.wrote('end')}")
@@ -191,27 +132,37 @@ def signal_once(
         step=_reached(session),
         moment=hit.words,
         in_save=hit.in_save,
+        saved_before=save_first,
         in_window=any(mark.words.endswith("left") for mark in session.markers()),
         micro_batches_after=after,
         ranks_left_seconds=round(seconds, 2),
     )
 
 
-def summary(kills: list[Kill], signals: list[Signalled]) -> dict[str, Any]:
-    """The figures, and the single events."""
+def kills_summary(kills: list[Kill]) -> dict[str, Any]:
+    """The figures, and the single kills."""
     return {
         "kills": len(kills),
-        "kills_in_a_save": sum(kill.in_save for kill in kills),
-        "kills_before_the_first_checkpoint": sum(kill.resumed_from is None for kill in kills),
-        "most_steps_lost": max((kill.steps_lost for kill in kills), default=0),
-        "survivors_left_seconds_most": max((kill.survivors_left_seconds for kill in kills), default=0.0),
+        "in_a_save": sum(kill.in_save for kill in kills),
+        "before_the_first_checkpoint": sum(kill.resumed_from is None for kill in kills),
+        "earliest_step": min((kill.step for kill in kills), default=None),
+        "steps_lost_most": max((kill.steps_lost for kill in kills), default=None),
+        "survivors_left_seconds_most": max((kill.survivors_left_seconds for kill in kills), default=None),
+        "each": [asdict(kill) for kill in kills],
+    }
+
+
+def signals_summary(signals: list[Signalled]) -> dict[str, Any]:
+    """The figures, and the single signals."""
+    return {
         "signals": len(signals),
-        "signals_in_the_middle_of_a_step": sum(signalled.in_window for signalled in signals),
-        "signals_in_a_save": sum(signalled.in_save for signalled in signals),
-        "ranks_left_seconds_most": max((signalled.ranks_left_seconds for signalled in signals), default=0.0),
-        "micro_batches_after_a_signal_most": max((max(one.micro_batches_after) for one in signals), default=0),
-        "each_kill": [asdict(kill) for kill in kills],
-        "each_signal": [asdict(signalled) for signalled in signals],
+        "sigterm_to_gpt2ds": sum((one.signal, one.how) == ("SIGTERM", "train") for one in signals),
+        "sigterm_to_deepspeed": sum((one.signal, one.how) == ("SIGTERM", "deepspeed") for one in signals),
+        "in_the_middle_of_a_step": sum(one.in_window for one in signals),
+        "in_a_save": sum(one.in_save for one in signals),
+        "micro_batches_after_most": max((max(one.micro_batches_after) for one in signals), default=None),
+        "ranks_left_seconds_most": max((one.ranks_left_seconds for one in signals), default=None),
+        "each": [asdict(one) for one in signals],
     }
 
 
@@ -222,7 +173,8 @@ def _await(session: Session, moment: Moment, usual: dict[str, float]) -> bool:
         return sum(kind_of(mark) == moment.kind for mark in session.markers())
 
     def over() -> bool:
-        return any(mark.words.startswith("exit") for mark in session.markers()[-1:])
+        left = any(mark.words.startswith("exit") for mark in session.markers()[-1:])
+        return left or None not in [started.poll() for started in session.processes]
 
     session.until(lambda: count() >= moment.nth or over(), START_SECONDS * 2, f"{moment}")
     if count() < moment.nth:

@@ -5,7 +5,7 @@
 Two CPU ranks, ZeRO-2, fp32. kill -9 of one rank, all ranks, the launcher, in turn, at least a third of them inside a
 save and none before step 1; after each one --resume, and at the end every loss and every byte of the last checkpoint as
 in the unbroken run. Then SIGTERM, some SIGINT, SIGHUP, SIGUSR1, and SIGTERM to the `deepspeed` program. About half a
-minute for each. The result is written after every event.
+minute for each. The result is written after every event; with --kills 0 or --signals 0 the other part of it stays.
 """
 
 import argparse
@@ -20,17 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from drawn_faults import (
-    Kill,
-    Signalled,
-    draw_kill_moment,
-    draw_signal_moment,
-    draw_victim,
-    kill_once,
-    signal_once,
-    summary,
-    usual_seconds,
-)
+from drawn_faults import Kill, Signalled, kill_once, kills_summary, signal_once, signals_summary
+from drawn_moments import draw_kill_moment, draw_signal_moment, draw_victim, usual_seconds
 from killed_runs import BrokenPromiseError, Chain, Shape, lay_out, unbroken
 
 from gpt2ds.devices import this_machine
@@ -49,9 +40,10 @@ OTHER_SIGNALS = (
 
 
 class Soak:
-    """The events so far, and the chain of sessions that the next one belongs to."""
+    """One part of it: the events so far, and what went wrong."""
 
-    def __init__(self, root: Path, seed: int, out: Path) -> None:
+    def __init__(self, part: str, root: Path, seed: int, out: Path) -> None:
+        self.part = part
         self.root = root
         self.seed = seed
         self.out = out
@@ -100,17 +92,20 @@ class Soak:
         return signalled is not None
 
     def write(self) -> None:
-        """The result so far."""
+        """The result so far, beside the other part's."""
         machine = this_machine()
-        result = {
+        result: dict[str, Any] = json.loads(self.out.read_text(encoding="utf-8")) if self.out.exists() else {}
+        result |= {
             "what": "kill -9 and signals at random moments of two-rank ZeRO-2 runs in fp32, each resumed to its end",
-            "seed": self.seed,
             "machine": {"cpu": machine.cpu_name, "cores": machine.cores},
             "python": platform.python_version(),
+        }
+        result[self.part] = {
+            "seed": self.seed,
             "minutes": round((time.monotonic() - self._start) / 60, 1),
             "failures": self.failures,
             "runs_compared": self.runs_compared,
-        } | summary(self.kills, self.signals)
+        } | (kills_summary(self.kills) if self.part == "kills" else signals_summary(self.signals))
         self.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
@@ -123,19 +118,21 @@ def main() -> None:
     arguments = parser.parse_args()
     root = Path(tempfile.mkdtemp(prefix="fault_soak-"))
     lay_out(root)
-    soak = Soak(root, arguments.seed, arguments.out)
-    soak.many(KILLED, list(range(arguments.kills)), soak.kill)
+    kills, signals = (Soak(part, root, arguments.seed, arguments.out) for part in ("kills", "signals"))
+    if arguments.kills:
+        kills.many(KILLED, list(range(arguments.kills)), kills.kill)
     if arguments.signals:
         events = [(signal.SIGTERM, "train", False)] * arguments.signals + list(OTHER_SIGNALS)
-        soak.draw.shuffle(events)
-        soak.many(SIGNALLED, events, soak.signal)
-    print(f"{len(soak.kills)} kills, {len(soak.signals)} signals, {len(soak.failures)} failures: {arguments.out}")
-    if soak.failures:
-        print("\n\n".join([*soak.failures, f"What they left is in {root}."]))
+        signals.draw.shuffle(events)
+        signals.many(SIGNALLED, events, signals.signal)
+    failures = kills.failures + signals.failures
+    print(f"{len(kills.kills)} kills, {len(signals.signals)} signals, {len(failures)} failures: {arguments.out}")
+    if failures:
+        print("\n\n".join([*failures, f"What they left is in {root}."]))
         raise SystemExit(1)
-    if any(kill.step < 1 for kill in soak.kills):
+    if any(kill.step < 1 for kill in kills.kills):
         raise SystemExit("A kill came before step 1.")
-    if 3 * sum(kill.in_save for kill in soak.kills) < len(soak.kills):
+    if 3 * sum(kill.in_save for kill in kills.kills) < len(kills.kills):
         raise SystemExit("Fewer than a third of the kills met a save: take another seed.")
     shutil.rmtree(root)
 

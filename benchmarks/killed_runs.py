@@ -76,10 +76,6 @@ class Process(NamedTuple):
     pid: int
     ticks: int | None
 
-    @classmethod
-    def of(cls, pid: int) -> "Process":
-        return cls(pid, start_ticks(pid))
-
     @property
     def lives(self) -> bool:
         """Whether it still runs."""
@@ -114,7 +110,10 @@ class Session:
         self.markers_folder.mkdir(parents=True)
         self.output_file = self.markers_folder / "output.txt"
         self._lines_before = len(chain.lines())
+        # Under nohup a hang-up would be ignored, as it should be; here it is to be a signal like the others.
+        earlier = signal.signal(signal.SIGHUP, lambda *_: None)
         self.processes = [subprocess.Popen(**arguments) for arguments in self._starts(chain.words())]
+        signal.signal(signal.SIGHUP, earlier)
 
     def _starts(self, words: list[str]) -> list[dict[str, Any]]:
         environment = os.environ | {
@@ -179,7 +178,7 @@ class Session:
         return found if self.how == "ranks" or not self.markers() else [*found, self.launcher()]
 
     def _process(self, pid: int) -> Process:
-        return self.chain.processes.setdefault(pid, Process.of(pid))
+        return self.chain.processes.setdefault(pid, Process(pid, start_ticks(pid)))
 
     def until(self, happened: Callable[[], Any], seconds: float, what: str) -> None:
         """Waits until it has happened; raises BrokenPromiseError after so long."""
@@ -197,8 +196,7 @@ class Session:
 
     def until_over(self) -> None:
         """Waits until the run has come to its end by itself."""
-        over = lambda: all(started.poll() is not None for started in self.processes)  # noqa: E731
-        self.until(over, START_SECONDS * 2, "the run ends")
+        self.until(lambda: None not in [it.poll() for it in self.processes], 2 * START_SECONDS, "the run ends")
         must(self.exit_codes() == [0] * len(self.processes), f"exit codes {self.exit_codes()}\n{self.output}")
         self.until_gone(time.monotonic())
 
@@ -291,6 +289,8 @@ class Chain:
         name = f"step-{self.shape.steps:08d}"
         files, wanted_files = (verify(chain.run / "checkpoints" / name).files for chain in (self, whole))
         must(files == wanted_files, f"{name} differs: {files} instead of {wanted_files}")
+        hidden = list((self.run / "checkpoints").glob(".*"))
+        must(not hidden, f"left over: {hidden}")
         must(json.loads((self.run / "outcome.json").read_text())["completed"], "no mark of a completed run")
 
 

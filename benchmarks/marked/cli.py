@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Of each tensor of a checkpoint, before and after each file is put on the disk, and before a folder is removed.
+# Of each tensor of a checkpoint, before and after each file is put on the disk, and before a folder gets
+# its name or is removed.
 TENSOR_SECONDS = 0.004
 SYNC_SECONDS = 0.015
 
@@ -45,7 +46,7 @@ class Marker:
 
 def mark_ranks(mark: Marker) -> None:
     """Puts the markers into this rank."""
-    from gpt2ds.training import checkpoints, guard, loop
+    from gpt2ds.training import checkpoints, guard, loop, restoring
     from gpt2ds.training.engine import TrainingEngine
     from gpt2ds.training.manifest import WEIGHTS, Manifest
     from gpt2ds.training.tensor_file import TensorFile
@@ -60,7 +61,7 @@ def mark_ranks(mark: Marker) -> None:
             super().add(tensor)
 
     one_step, micro_step, fsync, leave = loop.Run.one_step, TrainingEngine.micro_step, os.fsync, os._exit
-    receive, rmtree = guard.StopSignals._receive, shutil.rmtree
+    receive, rmtree, rename = guard.StopSignals._receive, shutil.rmtree, os.rename
 
     def marked_step(run: loop.Run) -> Any:
         mark.micro_steps = 0
@@ -84,6 +85,11 @@ def mark_ranks(mark: Marker) -> None:
         fsync(descriptor)
         time.sleep(SYNC_SECONDS)
 
+    def slow_rename(path: Any, target: Any) -> None:
+        mark(f"save {mark.step}: name")
+        time.sleep(SYNC_SECONDS)
+        rename(path, target)
+
     def slow_rmtree(path: Any, *arguments: Any, **named: Any) -> None:
         time.sleep(SYNC_SECONDS)
         rmtree(path, *arguments, **named)
@@ -99,11 +105,12 @@ def mark_ranks(mark: Marker) -> None:
         (checkpoints, "TensorFile", MarkedFile),
         (os, "fsync", slow_fsync),
         (os, "_exit", marked_exit),
+        (os, "rename", slow_rename),
         (shutil, "rmtree", slow_rmtree),
     ]
     for owner, name, by in replaced:
         setattr(owner, name, by)
-    mark.around(checkpoints, "load", "load begun", "load ended")
+    mark.around(restoring, "load", "load begun", "load ended")
     mark.around(checkpoints, "save", "save {step} begun", "save {step} ended")
     mark.around(Manifest, "write", "save {step}: manifest")
     mark.around(checkpoints, "prune", "save {step}: prune")

@@ -12,6 +12,7 @@ from support import load_benchmark
 
 runs = load_benchmark("killed_runs")
 faults = load_benchmark("drawn_faults")
+moments = load_benchmark("drawn_moments")
 
 SEED = 5
 
@@ -45,10 +46,10 @@ def broken(chain: Any, draw: random.Random) -> list[Any]:
     """What happened to it: signals and kills, none of which the run may outrun."""
 
     def killed(name: str, how: str, *moment: Any) -> Any:
-        return faults.kill_once(chain, faults.Victim(name, how), faults.Moment(*moment), {})
+        return faults.kill_once(chain, moments.Victim(name, how), moments.Moment(*moment), {})
 
     def signalled(number: signal.Signals, how: str, *moment: Any, save_first: bool = False) -> Any:
-        return faults.signal_once(chain, number, how, faults.Moment(*moment), {}, save_first=save_first)
+        return faults.signal_once(chain, number, how, moments.Moment(*moment), {}, save_first=save_first)
 
     phases = ("begun", "states", "weights")
     events = [
