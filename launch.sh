@@ -86,7 +86,8 @@ train)
   ;;
 test)
   install test
-  exec "$venv/bin/python" -m pytest "$@"
+  # Two files at a time: many tests wait for processes of their own, and two cores are enough for that.
+  exec "$venv/bin/python" -m pytest -n 2 --dist loadfile "$@"
   ;;
 *)
   install ""
