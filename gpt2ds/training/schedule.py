@@ -48,11 +48,12 @@ class LearningRate:
     def with_default_warmup(self, step: int, total_steps: int) -> "LearningRate":
         """The warm-up that fits a run of so many steps, when the user named none and `step` steps are done.
 
-        One that is over stays as it was; else the rate climbs on from where it is, for at least as many steps again.
+        One that is over stays as it was; else the rate climbs on from where it is, for at least as many steps again,
+        but not for more than half of those that are left.
         """
         if step >= self.warmup_steps:
             return self
-        end = max(warmup_steps(total_steps), 2 * step, 1)
+        end = min(max(warmup_steps(total_steps), 2 * step, 1), step + max(1, (total_steps - step) // 2))
         return replace(self, climb_start=step, climb_start_lr=self.at(step - 1) if step else 0.0, warmup_steps=end)
 
     def decaying_from(self, step: int, total_steps: int) -> "LearningRate":
