@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpt2ds.launcher import Launcher
-from gpt2ds.run_folder import RESTART_VARIABLE, complete_checkpoints, newest_run
-
-OUTCOME = "outcome.json"
+from gpt2ds.run_folder import OUTCOME, RESTART_VARIABLE, complete_checkpoints, newest_run
 
 # Of what the user can mend (2) and of memory that does not suffice (3) another start would end alike.
 NEVER_RESTARTED = (2, 3)

@@ -11,6 +11,9 @@ from gpt2ds.errors import UserError
 from gpt2ds.options import TrainOptions
 from gpt2ds.plan import Plan
 
+# What a session leaves when it came to its end by itself.
+OUTCOME = "outcome.json"
+
 # Set by `restarts`: the folder of a run that failed before its first complete checkpoint may be started in again.
 RESTART_VARIABLE = "GPT2DS_RESTART"
 

@@ -19,6 +19,7 @@ from gpt2ds.corpus.batches import Batches, Windows
 from gpt2ds.errors import UserError
 from gpt2ds.files import not_writable, write_atomically
 from gpt2ds.plan import Plan, evaluation_interval
+from gpt2ds.run_folder import OUTCOME
 from gpt2ds.runlog.metrics import Recorder
 from gpt2ds.training import checkpoints, restoring
 from gpt2ds.training.data_position import DataPosition
@@ -32,8 +33,6 @@ from gpt2ds.training.memory_watch import MemoryWatch, StepPeaks
 from gpt2ds.training.saving import Saving
 from gpt2ds.training.schedule import LearningRate
 from gpt2ds.training.time_budget import TimeBudget
-
-OUTCOME = "outcome.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,6 +93,7 @@ class Run:
         self.returns_without_progress = 0
         self.trouble_at = 0
         self.save_owed = False
+        self.grace_said = False
         self.saving = Saving(plan.options)
         self.evaluated_at = -1
         self.val_loss: float | None = None
@@ -443,10 +443,12 @@ class Run:
             )
             return False
         self.record("checkpoint", name=name, bytes=size, seconds=round(seconds, 3))
-        is_first = not self.saving.has_saved
         self.saving.saved(self.step, seconds, position.val_loss)
+        # What cannot be left in the middle: a micro-batch, or an evaluation.
         slowest = max(self.budget.step_seconds, default=0.0) / self.plan.accumulation
-        if is_first and (problem := self.saving.grace_problem(slowest)):
+        problem = self.saving.grace_problem(max(slowest, self.budget.evaluation_seconds))
+        if problem and not self.grace_said:
+            self.grace_said = True
             self.record("incident", what=problem)
         if self.step > self.trouble_at:
             self.returns_without_progress = 0

@@ -24,11 +24,6 @@ class Saving:
         self.at_step = -1
         """Step of the last checkpoint, or of the one that the session went on from."""
 
-    @property
-    def has_saved(self) -> bool:
-        """Whether this session has written a checkpoint."""
-        return self._seconds is not None
-
     def due(self, step: int) -> bool:
         """By steps where the user says so, else by the clock."""
         if self._options.save_every:
@@ -61,9 +56,12 @@ class Saving:
         """Notes one that could not be written: the next try comes when the next one would be due."""
         self._at = time.monotonic()
 
-    def grace_problem(self, micro_batch_seconds: float) -> str | None:
-        """A sentence when the last checkpoint will not fit into the time that schedulers grant, else None."""
-        needed = (self._seconds or 0.0) + micro_batch_seconds
+    def grace_problem(self, busy_seconds: float) -> str | None:
+        """A sentence when the last checkpoint will not fit into the time that schedulers grant, else None.
+
+        busy_seconds: the longest that a run goes on with something before it sees that it shall stop.
+        """
+        needed = (self._seconds or 0.0) + busy_seconds
         if needed <= GRACE_SECONDS:
             return None
         return (

@@ -59,7 +59,7 @@ def records(run: Path, kind: str) -> list[dict[str, Any]]:
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
-@pytest.mark.parametrize(("kind", "ds"), [("data", "zero2"), ("gradient", "zero3")])
+@pytest.mark.parametrize(("kind", "ds"), [("data", "zero2"), ("gradient", "zero3"), ("loss", "zero1")])
 def test_data_that_gives_nans_is_passed_over(
     tmp_path: Path, models_file: Path, corpus_folder: Path, kind: str, ds: str
 ) -> None:
@@ -79,7 +79,7 @@ def test_data_that_gives_nans_is_passed_over(
     before = {record["step"]: record["loss"] for record in steps[:7]}
     assert [record["loss"] for record in after[:2]] == pytest.approx([before[6], before[7]], abs=1e-6)
     assert [record["step"] for record in after if not isinstance(record["loss"], float)] == (
-        [8] if kind == "data" else []
+        [] if kind == "gradient" else [8]
     )
     assert records(run, "end")[-1]["reason"] == "completed"
     assert "went back to step-00000005" in (run / "training_log.md").read_text(encoding="utf-8")

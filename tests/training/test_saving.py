@@ -62,6 +62,6 @@ def test_the_best_is_saved_where_that_is_cheap(monkeypatch: pytest.MonkeyPatch) 
 def test_a_grace_period_that_is_too_short_is_said() -> None:
     one = Saving(TrainOptions())
     one.saved(1, seconds=25.0, val_loss=None)
-    assert one.grace_problem(micro_batch_seconds=4.0) is None
-    problem = one.grace_problem(micro_batch_seconds=6.0)
+    assert one.grace_problem(busy_seconds=4.0) is None
+    problem = one.grace_problem(busy_seconds=6.0)
     assert problem is not None and "needs about 31 s" in problem and "--signal=TERM@62" in problem
