@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -116,10 +117,15 @@ def workers_of(process: subprocess.Popen[str], ranks: int) -> list[psutil.Proces
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         children = psutil.Process(process.pid).children()
-        found = [child for child in children if any("bench_worker" in word for word in child.cmdline())]
+        found: dict[str, psutil.Process] = {}
+        with suppress(psutil.Error, KeyError):  # one that has just been forked, or has just ended
+            for child in children:
+                if any("bench_worker" in word for word in child.cmdline()):
+                    found[child.environ()["RANK"]] = child
         if len(found) == ranks:
-            return sorted(found, key=lambda child: child.environ()["RANK"])
+            return [found[rank] for rank in sorted(found)]
         time.sleep(0.05)
+    process.kill()
     raise AssertionError("no workers")
 
 
