@@ -15,19 +15,13 @@ import inspect
 import os
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
+from typing import Annotated, Any, NoReturn, get_type_hints
 
 import typer
 
 from gpt2ds import __version__
 from gpt2ds.errors import MemoryShortageError, RankLostError, UserError, readable
 from gpt2ds.options import DEFAULTS, WHAT, TrainOptions
-
-if TYPE_CHECKING:
-    from gpt2ds.plan import Plan
-    from gpt2ds.runlog.metrics import Recorder
-    from gpt2ds.training.guard import StopSignals
-    from gpt2ds.training.memory_watch import MemoryWatch
 
 OTHER_RANKS_WAIT_SECONDS = 5.0
 
@@ -102,61 +96,10 @@ def train(gpus: int | None, restarts: int | None, **given: Any) -> None:
 
     Alone (one rank), with --gpus N, or under a launcher: deepspeed gpt2ds/cli.py train --ds ds_configs/zero2.json
     """
-    from gpt2ds.launcher import under_launcher
+    from gpt2ds.train_command import run_train
 
-    if under_launcher():
-        if restarts is not None:
-            raise UserError("--restarts is for `gpt2ds train --gpus N`, which starts the launcher itself.")
-    elif gpus is not None or restarts is not None:
-        from gpt2ds.restarts import supervise
-
-        arguments = _without_option(_without_option(sys.argv[1:], "--gpus"), "--restarts")
-        where = {name: given[name] for name in ("out", "name", "resume")}
-        raise SystemExit(supervise(1 if gpus is None else gpus, arguments, **where, restarts=restarts or 0, tell=_tell))
-    from gpt2ds.training.guard import StopSignals
-
-    with StopSignals() as signals:  # from here on a signal costs nothing that was done
-        _train_here(TrainOptions(**given), signals)
-
-
-def _train_here(options: TrainOptions, signals: "StopSignals") -> NoReturn:
-    """This process as a rank of the run."""
-    from gpt2ds.devices import prepare_cuda
-    from gpt2ds.planning import resolve
-
-    plan = resolve(options, ranks=int(os.environ.get("WORLD_SIZE", "1")))
-    prepare_cuda()
-    if plan.device_kind == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed looks for one, and says so
-    from gpt2ds.runlog.report import resume_command, write_report
-    from gpt2ds.training.session import train as run_training
-
-    try:
-        outcome = run_training(plan, _recorder, signals, _memory_watch(plan))
-    except UserError:
-        raise
-    except Exception:
-        # The log of a run that failed says how; what went wrong follows.
-        if os.environ.get("RANK", "0") == "0" and (plan.folder / "plan.json").exists():
-            with suppress(OSError):
-                write_report(plan.folder)
-        raise
-    code = outcome.exit_code
-    if outcome.is_main:
-        words = f"{outcome.ending.reason} at step {outcome.step:,}."
-        try:
-            outcome.write()  # first: nothing that draws pictures decides how the run ended
-            words += f" Training log: {write_report(outcome.folder)}"
-        except OSError as error:
-            words += f" The run folder cannot be written ({error.strerror}): gpt2ds report {plan.run} writes its log."
-            code = 1
-        except Exception as error:
-            words += f" The training log could not be drawn ({error!r}): gpt2ds report {plan.run} tries it again."
-        if not outcome.ending.completed:
-            words += f"\nResume with: {resume_command(plan.to_dict())}"
-        with suppress(OSError):  # standard output may be a file on the same full disk
-            print(words, flush=True)
-    raise SystemExit(code)
+    options = TrainOptions(**given)
+    raise SystemExit(run_train(options, sys.argv[1:], gpus=gpus, restarts=restarts, say=_say, tell=_tell))
 
 
 def _train_signature() -> inspect.Signature:
@@ -195,32 +138,6 @@ def _train_signature() -> inspect.Signature:
 
 train.__signature__ = _train_signature()  # type: ignore[attr-defined]
 app.command()(train)
-
-
-def _recorder(plan: "Plan") -> "Recorder":
-    from gpt2ds.runlog.console import console_view
-    from gpt2ds.runlog.metrics import RunLog
-    from gpt2ds.runlog.report import ReportView
-
-    return RunLog(plan.folder, [console_view(plan.to_dict()), ReportView(plan.folder)])
-
-
-def _memory_watch(plan: "Plan") -> "MemoryWatch | None":
-    """The training loop measures CUDA's memory itself; on a CPU it takes counting every tensor, if asked for."""
-    if plan.device_kind != "cpu" or not plan.options.watch_memory:
-        return None
-    from gpt2ds.probe.tensor_watch import TensorWatch
-
-    return TensorWatch()
-
-
-def _without_option(arguments: list[str], name: str) -> list[str]:
-    kept, skip = [], False
-    for argument in arguments:
-        if not skip and not argument.startswith(f"{name}=") and argument != name:
-            kept.append(argument)
-        skip = argument == name and not skip
-    return kept
 
 
 @app.command()
@@ -529,6 +446,11 @@ def profiles() -> None:
         console.print(Padding(f"{profile.description} {profile.use_when}", (0, 0, 0 if profile.risk else 1, 4)))
         if profile.risk:
             console.print(Padding(f"Risk: {profile.risk}", (0, 0, 1, 4)), style="yellow")
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):  # standard output may be a file on a full disk
+        print(text, flush=True)
 
 
 def _tell(sentence: str) -> None:

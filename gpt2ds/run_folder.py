@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2ds.errors import UserError
+from gpt2ds.files import not_writable, write_atomically
 from gpt2ds.options import TrainOptions
 from gpt2ds.plan import Plan
 
@@ -100,3 +101,15 @@ def check_same_run(plan: Plan) -> None:
             f"The run folder {plan.folder} belongs to another plan: {'; '.join(differing)}. "
             "Repeat the earlier settings to resume it, or choose another --name."
         )
+
+
+def write_plan(plan: Plan) -> str | None:
+    """Writes what a session is into its folder; a sentence when the disk does not take it."""
+    try:
+        (plan.folder / OUTCOME).unlink(missing_ok=True)  # the earlier session's
+        write_atomically(plan.folder / "ds_config.json", json.dumps(plan.ds_config(), indent=1).encode())
+        # Last: a folder with a plan is a run, and a new one of that name would be refused.
+        write_atomically(plan.folder / "plan.json", json.dumps(plan.to_dict(), indent=1).encode())
+    except OSError as error:
+        return not_writable(plan.folder, error)
+    return None

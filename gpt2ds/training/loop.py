@@ -1,10 +1,7 @@
 """The training loop: from the first step to the last checkpoint, read from top to bottom like the run it describes."""
 
-import json
-import math
 import platform
 import shlex
-import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -17,11 +14,11 @@ import torch
 from gpt2ds import __version__
 from gpt2ds.corpus.batches import Batches, Windows
 from gpt2ds.errors import UserError
-from gpt2ds.files import not_writable, write_atomically
 from gpt2ds.plan import Plan, evaluation_interval
-from gpt2ds.run_folder import OUTCOME
+from gpt2ds.run_folder import write_plan
 from gpt2ds.runlog.metrics import Recorder
 from gpt2ds.training import checkpoints, restoring
+from gpt2ds.training.agreement import RankStep, StepSeen, agree_on
 from gpt2ds.training.data_position import DataPosition
 from gpt2ds.training.diagnosis import diagnose
 from gpt2ds.training.engine import TrainingEngine, gather_numbers, share
@@ -147,7 +144,7 @@ class Run:
                 self.speed_measured = position.speed_measured
                 self.evaluate_every = self.plan.options.evaluate_every or position.evaluate_every
         # Only now that nothing can be refused any more: an earlier session's plan stays until then.
-        if problem := share(_write_plan(self.plan) if self.engine.ranks.rank == 0 else None):
+        if problem := share(write_plan(self.plan) if self.engine.ranks.rank == 0 else None):
             raise UserError(problem)
         self.record(
             "start",
@@ -198,7 +195,7 @@ class Run:
     def _interrupted(self) -> Ending:
         return Ending(reason=name_of(self.stop_agreed))
 
-    def one_step(self) -> "StepSeen | None":
+    def one_step(self) -> StepSeen | None:
         """One optimizer step; None when a stop was asked for in the middle of it, and its data waits for the resume."""
         plan, engine, device = self.plan, self.engine, self.engine.ranks.device
         self.doing = f"in step {self.step + 1}"
@@ -223,61 +220,44 @@ class Run:
         self.data.advance()
 
         in_use, reserved = engine.memory()
-        rows = gather_numbers(
-            [
-                float(loss) / plan.accumulation,
-                self.signals.received,
-                in_use,
-                -1 if reserved is None else reserved,
-                self.budget.used(self.clock.elapsed_seconds),
-                self._save_due(),
-                self.watch.end_step() if self.watch else 0,
-                outside,
-                self._log_error is not None,
-            ],
-            device,
+        own = RankStep(
+            loss=float(loss) / plan.accumulation,
+            stop=self.signals.received,
+            in_use_bytes=in_use,
+            reserved_bytes=-1 if reserved is None else reserved,
+            watched_bytes=self.watch.end_step() if self.watch else 0,
+            outside_bytes=outside,
+            time_used=self.budget.used(self.clock.elapsed_seconds),
+            save_due=self._save_due(),
+            log_lost=self._log_error is not None,
         )
-        memory, reserved_by_rank, watched, outside_by_rank = (
-            [int(row[column]) for row in rows] for column in (2, 3, 6, 7)
-        )
+        seen = agree_on(own, taken=taken, device=device)
+        self.stop_agreed = seen.stop
+        watched = seen.sizes("watched_bytes")
         if self.watch:
-            held = None if reserved is None else reserved_by_rank
-            self.peaks.add(watched, held, outside_by_rank, taken=taken)
+            self.peaks.add(watched, seen.reserved_bytes, seen.sizes("outside_bytes"), taken=taken)
         seconds = time.monotonic() - start
         self.budget.step_seconds.append(seconds)
-        mean_loss = statistics.fmean(row[0] for row in rows)
         speed = plan.tokens_per_step / seconds
         flops = plan.model.flops_per_token(plan.context) * speed
         self.record(
             "step",
-            loss=mean_loss,
+            loss=seen.loss,
             lr=lr,
             grad_norm=grad_norm,
             tokens_per_second=round(speed, 1),
             step_seconds=round(seconds, 4),
             mfu=round(flops / plan.peak_flops, 4) if plan.peak_flops else None,
-            memory_bytes=memory,
-            reserved_bytes=reserved_by_rank if reserved is not None else None,
+            memory_bytes=seen.sizes("in_use_bytes"),
+            reserved_bytes=seen.reserved_bytes,
             tensor_bytes=watched if self.watch and plan.device_kind == "cpu" else None,
             skipped_steps=engine.skipped_steps,
             loss_scale=engine.loss_scale,
             **self.totals(),
         )
         if not taken:
-            culprits = [str(rank) for rank, row in enumerate(rows) if not math.isfinite(row[0])]
-            cause = (
-                f"the loss of rank {', '.join(culprits)} was not finite" if culprits else "a gradient was not finite"
-            )
-            self.record("incident", what=f"Step {self.step} was left out: {cause}.")
-        self.stop_agreed = int(max(row[1] for row in rows))
-        return StepSeen(
-            loss=mean_loss,
-            taken=taken,
-            stop=bool(self.stop_agreed),
-            time_used=rows[0][4],
-            save_due=max(row[5] for row in rows) > 0,
-            log_lost=rows[0][8] > 0,
-        )
+            self.record("incident", what=f"Step {self.step} was left out: {seen.why_left_out()}.")
+        return seen
 
     def go_back(self, trouble: str) -> Ending | None:
         """To the last checkpoint before the trouble, passing over the data that did it; an ending when that is no use.
@@ -453,30 +433,6 @@ class Run:
         if self.step > self.trouble_at:
             self.returns_without_progress = 0
         return True
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepSeen:
-    """What all ranks agree on after a step."""
-
-    loss: float
-    taken: bool
-    stop: bool
-    time_used: float
-    save_due: bool
-    log_lost: bool
-
-
-def _write_plan(plan: Plan) -> str | None:
-    """What this session is; a sentence when the disk does not take it."""
-    try:
-        (plan.folder / OUTCOME).unlink(missing_ok=True)  # the earlier session's
-        write_atomically(plan.folder / "ds_config.json", json.dumps(plan.ds_config(), indent=1).encode())
-        # Last: a folder with a plan is a run, and a new one of that name would be refused.
-        write_atomically(plan.folder / "plan.json", json.dumps(plan.to_dict(), indent=1).encode())
-    except OSError as error:
-        return not_writable(plan.folder, error)
-    return None
 
 
 def _versions() -> dict[str, str]:
