@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,6 +95,12 @@ def lay_out(folder: Path) -> None:
     (folder / "zero2_fp32.json").write_text(json.dumps(profile), encoding="utf-8")
 
 
+def start_python(words: list[str], *, cwd: Path, env: Mapping[str, str], out: Path) -> "subprocess.Popen[bytes]":
+    """`python WORDS`; what it prints is appended to the file out."""
+    with out.open("ab") as output:
+        return subprocess.Popen([sys.executable, *words], cwd=cwd, env=env, stdout=output, stderr=subprocess.STDOUT)
+
+
 class Session:
     """One start of a run, from its processes to the last of them; a context manager that leaves none behind.
 
@@ -109,34 +115,32 @@ class Session:
         self.markers_folder = chain.folder / "markers" / f"{number:03d}"
         self.markers_folder.mkdir(parents=True)
         self.output_file = self.markers_folder / "output.txt"
+        self.output_file.touch()
         self._lines_before = len(chain.lines())
         # Under nohup a hang-up would be ignored, as it should be; here it is to be a signal like the others.
         earlier = signal.signal(signal.SIGHUP, lambda *_: None)
-        self.processes = [subprocess.Popen(**arguments) for arguments in self._starts(chain.words())]
+        self.processes = self._start(chain.words())
         signal.signal(signal.SIGHUP, earlier)
 
-    def _starts(self, words: list[str]) -> list[dict[str, Any]]:
+    def _start(self, words: list[str]) -> list[Any]:
         environment = os.environ | {
             "DS_ACCELERATOR": "cpu",
             "OMP_NUM_THREADS": "1",
             "MARKERS": str(self.markers_folder),
         }
-        output = self.output_file.open("w")
-        common = {"cwd": self.chain.folder, "stdout": output, "stderr": subprocess.STDOUT}
+        where = {"cwd": self.chain.folder, "out": self.output_file}
         port = str(_free_port())
+        command = [str(CLI), *words]
         if self.how == "ranks":
             group = {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            return [
-                common
-                | {"args": [sys.executable, str(CLI), *words]}
-                | {"env": environment | group | {"RANK": str(rank), "LOCAL_RANK": str(rank)}}
-                for rank in range(RANKS)
-            ]
-        command = [sys.executable, str(CLI), *words, "--gpus", str(RANKS)]
+            environments = [environment | group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(RANKS)]
+            return [self.chain.start_rank(command, env=each, **where) for each in environments]
         if self.how == "deepspeed":
             program = str(Path(sys.executable).with_name("deepspeed"))
-            command = [program, f"--num_gpus={RANKS}", f"--master_port={port}", str(CLI), *words]
-        return [common | {"args": command, "env": environment}]
+            command = [program, f"--num_gpus={RANKS}", f"--master_port={port}", *command]
+        else:
+            command += ["--gpus", str(RANKS)]
+        return [start_python(command, env=environment, **where)]
 
     def __enter__(self) -> "Session":
         return self
@@ -214,10 +218,14 @@ class Session:
 
 
 class Chain:
-    """One run `a`, broken and resumed as often as one likes, below a folder that `lay_out` prepared."""
+    """One run `a`, broken and resumed as often as one likes, below a folder that `lay_out` prepared.
 
-    def __init__(self, folder: Path, root: Path, shape: Shape) -> None:
+    start_rank: for the sessions without a launcher; called as `start_python`.
+    """
+
+    def __init__(self, folder: Path, root: Path, shape: Shape, start_rank: Callable[..., Any] = start_python) -> None:
         self.folder = folder
+        self.start_rank = start_rank
         self.root = root
         self.shape = shape
         self.run = folder / "logs" / "a"

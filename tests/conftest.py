@@ -1,20 +1,19 @@
 """Fixtures that all tests share: a small real corpus and a small model."""
 
+import json
 import pydoc_data.topics
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support import PROFILES
 
 # Wide enough to have every kind of layer, small enough that a step takes milliseconds.
-SMALL_MODEL = """
+MODELS = """
 models:
-  small:
-    emb_dim: 32
-    n_heads: 2
-    n_layers: 2
-    context_length: 32
+  small: {emb_dim: 32, n_heads: 2, n_layers: 2, context_length: 32}
+  tiny: {emb_dim: 8, n_heads: 2, n_layers: 2, context_length: 16}
 """
 
 
@@ -32,10 +31,23 @@ def corpus_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def models_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's own models file with the one model `small`."""
+    """A user's own models file, with `small` and `tiny`."""
     path = tmp_path_factory.mktemp("models") / "models.yaml"
-    path.write_text(SMALL_MODEL, encoding="utf-8")
+    path.write_text(MODELS, encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def fp32_profiles(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """The shipped profiles of ZeRO-2 and 3, by stage, in fp32."""
+    folder = tmp_path_factory.mktemp("profiles")
+    paths = {}
+    for stage in (2, 3):
+        profile = json.loads((PROFILES / f"zero{stage}.json").read_text(encoding="utf-8"))
+        del profile["bf16"]
+        paths[stage] = folder / f"zero{stage}_fp32.json"
+        paths[stage].write_text(json.dumps(profile), encoding="utf-8")
+    return paths
 
 
 @pytest.fixture

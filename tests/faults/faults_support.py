@@ -1,5 +1,6 @@
 """Real runs of two CPU ranks whose processes can be found, signalled and waited for."""
 
+import contextlib
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from support import cpu_environment
+from support import cpu_environment, start_ranks
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -19,7 +20,9 @@ REPOSITORY = Path(__file__).parents[2]
 class FaultyRun:
     """A run `a` below a folder; a context manager that leaves no process behind.
 
-    options: of `train`, by their names with underscores, over those of a small model that would train for ever.
+    ranks: how many to start without any launcher. command, environment: for what is started otherwise, by default
+    `gpt2ds`. options: of `train`, by their names with underscores, over those of a small model that would train for
+    ever.
     """
 
     def __init__(
@@ -28,12 +31,13 @@ class FaultyRun:
         models_file: Path,
         corpus: Path,
         *,
+        ranks: int = 0,
         command: list[str] | None = None,
         environment: dict[str, str] | None = None,
         **options: Any,
     ) -> None:
         self.run = folder / "logs" / "a"
-        words = [*(command or [sys.executable, "-m", "gpt2ds"]), "train"]
+        words = ["train"]
         settings: dict[str, Any] = {
             "ds": "fp32_baseline",
             "model": "small",
@@ -49,14 +53,17 @@ class FaultyRun:
         } | options
         for name, value in settings.items():
             words += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
-        self._file = (folder / "output.txt").open("w+", encoding="utf-8")
-        self.process = psutil.Popen(
-            words,
-            cwd=folder,
-            env=cpu_environment(**(environment or {})),
-            stdout=self._file,
-            stderr=subprocess.STDOUT,
-        )
+        self._folder = folder
+        if ranks:
+            self._started = [*start_ranks(["-m", "gpt2ds", *words], cwd=folder, ranks=ranks)]
+        else:
+            command = command or [sys.executable, "-m", "gpt2ds"]
+            env = cpu_environment(**(environment or {}))
+            with (folder / "out").open("w") as out:
+                self._started = [
+                    subprocess.Popen([*command, *words], cwd=folder, env=env, stdout=out, stderr=subprocess.STDOUT)
+                ]
+        self._without_launcher = [psutil.Process(started.pid) for started in self._started] if ranks else []
         self._seen: set[psutil.Process] = set()
 
     def __enter__(self) -> "FaultyRun":
@@ -64,16 +71,23 @@ class FaultyRun:
 
     def __exit__(self, *_: object) -> None:
         self._note()
-        for process in self._seen | {self.process}:
+        for process in self._seen:
             if process.is_running():
                 process.kill()
-        self.process.wait()
-        self._file.close()
+        for started in self._started:
+            started.kill()
+            started.wait()
 
     @property
     def output(self) -> str:
         """What the run and its launcher have printed so far."""
-        return Path(self._file.name).read_text(encoding="utf-8")
+        files = [file for pattern in ("out*", "err*") for file in sorted(self._folder.glob(pattern))]
+        return "".join(file.read_text(encoding="utf-8") for file in files)
+
+    def signal(self, number: signal.Signals) -> None:
+        """To what was started."""
+        for started in self._started:
+            os.kill(started.pid, number)
 
     def records(self, kind: str) -> list[dict[str, Any]]:
         """The whole lines of this kind in the metrics so far."""
@@ -108,19 +122,23 @@ class FaultyRun:
 
     def ranks(self) -> list[psutil.Process]:
         """The living ranks, in order."""
-        living = [process for process in self._seen if _lives(process)]
-        return sorted((process for process in living if _rank(process) is not None), key=lambda rank: _rank(rank) or 0)
+        found = [process for process in self._seen if _rank(process) is not None]
+        found.sort(key=lambda rank: _rank(rank) or 0)
+        return [process for process in self._without_launcher or found if _lives(process)]
 
     def end(self, seconds: float) -> int:
-        """Waits until the started process and every rank have ended; returns the exit code of the former."""
-        self.until(lambda: not _lives(self.process) and not self.ranks(), seconds)
-        return int(self.process.wait())
+        """Waits until what was started and every rank have ended; returns the exit code of the former."""
+        self.until(lambda: None not in [started.poll() for started in self._started] and not self.ranks(), seconds)
+        (code,) = {started.wait() for started in self._started}
+        return code
 
     def _family(self) -> list[psutil.Process]:
-        try:
-            return [self.process, *self.process.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            return []
+        found = []
+        for started in self._started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process = psutil.Process(started.pid)
+                found += [process, *process.children(recursive=True)]
+        return found
 
     def _note(self) -> None:
         self._seen |= {process for process in self._family() if _command(process)}

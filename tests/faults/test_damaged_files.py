@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import PROFILES, run_cli
+from support import end_ranks, run_cli, start_ranks
 
 from gpt2ds.errors import UserError
 from gpt2ds.training.manifest import newest, newest_weights, read_manifest, sealed, verify
@@ -21,22 +21,22 @@ STEPS = 8
 FIRST, SECOND, BEFORE, LAST = SAVED = [f"step-{step:08d}" for step in (2, 4, 6, 8)]
 FILES = ("states-00000.safetensors", "states-00001.safetensors", "model.safetensors", "manifest.json")
 
-TINY_MODEL = "models: {tiny: {emb_dim: 8, n_heads: 2, n_layers: 2, context_length: 32}}"
+
+def train_on_two_ranks(folder: Path, *words: Any) -> None:
+    results = end_ranks(start_ranks(["-m", "gpt2ds", "train", *words], cwd=folder), cwd=folder)
+    assert [(result.returncode, result.stderr) for result in results] == [(0, "")] * 2, results
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, corpus_folder: Path) -> Path:
+def whole(
+    tmp_path_factory: pytest.TempPathFactory, models_file: Path, corpus_folder: Path, fp32_profiles: dict[int, Path]
+) -> Path:
     """The unbroken run: two ranks, ZeRO-2 in fp32, with checkpoints at the steps 2, 4, 6 and 8."""
     folder = tmp_path_factory.mktemp("whole")
-    (folder / "models.yaml").write_text(TINY_MODEL, encoding="utf-8")
-    profile = json.loads((PROFILES / "zero2.json").read_text(encoding="utf-8"))
-    del profile["bf16"]
-    (folder / "zero2_fp32.json").write_text(json.dumps(profile), encoding="utf-8")
-    words = ["--ds", "zero2_fp32.json", "--models-file", "models.yaml", "--model", "tiny", "--data", corpus_folder]
+    words = ["--ds", fp32_profiles[2], "--models-file", models_file, "--model", "tiny", "--data", corpus_folder]
     words += ["--steps", STEPS, "--save-every", 2, "--keep", 4, "--micro-batch", 2, "--accumulation", 2]
-    words += ["--evaluate-every", 100, "--evaluation-windows", 2, "--sample-tokens", 1, "--name", "a", "--gpus", 2]
-    result = run_cli("train", *words, cwd=folder)
-    assert result.returncode == 0, result.stdout + result.stderr
+    words += ["--evaluate-every", 100, "--evaluation-windows", 2, "--sample-tokens", 1, "--name", "a"]
+    train_on_two_ranks(folder, *words)
     assert [path.name for path in checkpoints(folder)] == SAVED
     return folder
 
@@ -250,9 +250,7 @@ def test_a_resume_from_the_checkpoint_before_ends_alike(
         put(saved / name / file, DAMAGES[damage]((saved / name / file).read_bytes()))
     whence = [name for name in SAVED[:-1] if name not in damages][-1]
 
-    result = run_cli("train", "--resume", "--gpus", 2, cwd=folder)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert not result.stderr
+    train_on_two_ranks(folder, "--resume")
     log = (folder / "logs" / "a" / "training_log.md").read_text(encoding="utf-8")
     for incident, (name, (file, _)) in zip(records(folder, "incident"), damages.items(), strict=True):
         assert incident["what"].startswith(f"Checkpoint {name} is passed over: ") and file in incident["what"]

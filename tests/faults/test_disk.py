@@ -19,7 +19,6 @@ from gpt2ds.runlog.metrics import RunLog, read_records
 from gpt2ds.runlog.report import write_report
 from gpt2ds.training.manifest import verify
 
-TINY_MODEL = "models: {tiny: {emb_dim: 8, n_heads: 2, n_layers: 2, context_length: 32}}"
 FULL, READ_ONLY = "No space left on device", "Read-only file system"
 
 
@@ -44,14 +43,12 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str], SmallDisk]]:
 
 
 @pytest.fixture
-def tiny(tmp_path: Path, corpus_folder: Path) -> Callable[..., FaultyRun]:
-    """Starts a run of a small model on two ranks; its checkpoints come when it is asked for them."""
-    models_file = tmp_path / "models.yaml"
-    models_file.write_text(TINY_MODEL, encoding="utf-8")
+def tiny(tmp_path: Path, models_file: Path, corpus_folder: Path) -> Callable[..., FaultyRun]:
+    """Starts a run of a small model; its checkpoints come when it is asked for them."""
 
     def start(folder: Path = tmp_path, **options: Any) -> FaultyRun:
         # Steps of some 20 ms, so that what happens between two of them is seen soon.
-        settings = {"model": "tiny", "accumulation": 8, "keep": 1, "ds": "zero2", "gpus": 2, "out": tmp_path / "logs"}
+        settings = {"model": "tiny", "accumulation": 8, "keep": 1, "ds": "zero2", "out": tmp_path / "logs"}
         run = FaultyRun(folder, models_file, corpus_folder, **settings | options)
         run.run = tmp_path / "logs" / "a"
         return run
@@ -59,13 +56,14 @@ def tiny(tmp_path: Path, corpus_folder: Path) -> Callable[..., FaultyRun]:
     return start
 
 
-def saves(run: FaultyRun, kind: str = "checkpoint", ranks: int = 2) -> dict[str, Any]:
-    """Asks for a checkpoint; the record that it was written, or of the incident. ranks: that the launcher started."""
+def saves(run: FaultyRun, kind: str = "checkpoint") -> dict[str, Any]:
+    """Asks for a checkpoint; the record that it was written, or of the incident."""
     earlier = len(run.records(kind))
-    run.process.send_signal(signal.SIGUSR1)
+    ranks = run.ranks()
+    run.signal(signal.SIGUSR1)
     run.until(lambda: len(run.records(kind)) > earlier, 30)
     record = run.records(kind)[-1]
-    assert len(run.ranks()) == ranks
+    assert run.ranks() == ranks
     return record
 
 
@@ -97,7 +95,7 @@ def test_a_checkpoint_that_cannot_be_written_costs_nothing_but_itself(
     tmp_path: Path, disk: Callable[[str], SmallDisk], tiny: Callable[..., FaultyRun]
 ) -> None:
     logs, room = disk("logs"), disk("logs/a/checkpoints")
-    with tiny() as run:
+    with tiny(ranks=2) as run:
         run.until_step()
         name = saves(run)["name"]
         files = {file: described["bytes"] for file, described in verify(room.folder / name).files.items()}
@@ -144,7 +142,7 @@ def test_a_disk_that_is_full_of_everything_ends_the_run_in_good_order(
 ) -> None:
     """What the run prints goes to the same disk."""
     everything = disk("logs")
-    with tiny(folder=everything.folder) as run:
+    with tiny(folder=everything.folder, ranks=2) as run:
         run.until_step()
         name = saves(run)["name"]
         everything.leave(0)
@@ -171,7 +169,7 @@ def test_a_disk_that_fills_up_while_a_run_starts(
     logs = disk("logs")
     if full == "metrics.jsonl":
         logs.leave(files=2)  # the run's folder and its lock
-    with tiny(gpus=None if full == "metrics.jsonl" else 2) as run:
+    with tiny(**({"ranks": 1} if full == "metrics.jsonl" else {"gpus": 2})) as run:
         if full == "plan.json":
             run.until((run.run / "metrics.jsonl").exists, 60)
             logs.leave(0)
@@ -190,9 +188,9 @@ def test_a_disk_that_fails_under_a_run_is_read_only_from_then_on(
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"no loop devices here: {error}")
     try:
-        with tiny(gpus=None) as run:
+        with tiny(ranks=1) as run:
             run.until_step()
-            name = saves(run, ranks=0)["name"]
+            name = saves(run)["name"]
             try:
                 failing.fail()
             except OSError as error:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from support import load_benchmark
+from warm import WarmPython
 
 runs = load_benchmark("killed_runs")
 faults = load_benchmark("drawn_faults")
@@ -25,9 +26,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_that_is_killed_and_signalled_goes_on_as_if_nothing_had_happened(root: Path) -> None:
-    shape = runs.Shape(steps=10, accumulation=32, save_every=2)
+    shape = runs.Shape(steps=10, accumulation=16, save_every=2)
     draw = random.Random(SEED)
-    whole, chain = runs.Chain(root / "whole", root, shape), runs.Chain(root / "broken", root, shape)
+    whole, chain = (runs.Chain(root / name, root, shape, WarmPython) for name in ("whole", "broken"))
     with whole.start("ranks") as unbroken:  # at the same time: much of a start is waiting
         events = broken(chain, draw)
         unbroken.until_over()
@@ -55,7 +56,7 @@ def broken(chain: Any, draw: random.Random) -> list[Any]:
     phases = ("begun", "states", "weights")
     events = [
         # Asked for a checkpoint in its first step it saves and goes on; then it leaves the second one in the middle.
-        signalled(signal.SIGTERM, "train", "micro", draw.randint(5, 30), 0.0, save_first=True),
+        signalled(signal.SIGTERM, "ranks", "micro", draw.randint(3, 14), 0.0, save_first=True),
         killed(f"rank {draw.randrange(2)}", "ranks", "step", 1, draw.random()),
         killed("all ranks", "ranks", draw.choice(phases), 1, draw.random()),
         signalled(signal.SIGHUP, "ranks", draw.choice(phases), 1, draw.random()),

@@ -6,12 +6,11 @@ That a NaN never reaches a weight at any ZeRO stage is tested in tests/training/
 import json
 import math
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import cpu_environment, free_port
+from support import end_ranks, start_ranks
 
 from gpt2ds.training.data_position import DataPosition
 from gpt2ds.training.health import NOISE_STEPS, NON_FINITE_STEPS_MOST, SPIKE_STEPS, Health
@@ -25,32 +24,12 @@ def run_faulty(
 ) -> tuple[list[subprocess.CompletedProcess[str]], Path]:
     """Both ranks of a run `a` with a fault, to their end."""
     arguments = [
-        *("train", "--ds", ds, "--model", "small", "--models-file", models_file, "--data", corpus, "--name", "a"),
+        *("train", "--ds", ds, "--model", "tiny", "--models-file", models_file, "--data", corpus, "--name", "a"),
         *("--micro-batch", 1, "--accumulation", 2, "--steps", steps, "--save-every", SAVE_EVERY),
         *("--evaluate-every", 1000, "--evaluation-windows", 1, "--sample-tokens", 1),
     ]
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("faulty_cli.py")), *map(str, arguments)],
-            cwd=folder,
-            env=cpu_environment(RANK=str(rank), LOCAL_RANK=str(rank), FAULT=json.dumps(fault), **group),
-            stdout=(folder / f"out-{rank}").open("w"),
-            stderr=(folder / f"err-{rank}").open("w"),
-        )
-        for rank in range(2)
-    ]
-    try:
-        codes = [process.wait(120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    results = [
-        subprocess.CompletedProcess(
-            [], code, (folder / f"out-{rank}").read_text(), (folder / f"err-{rank}").read_text()
-        )
-        for rank, code in enumerate(codes)
-    ]
+    program = [Path(__file__).with_name("faulty_cli.py"), *arguments]
+    results = end_ranks(start_ranks(program, cwd=folder, FAULT=json.dumps(fault)), cwd=folder)
     return results, folder / "logs" / "a"
 
 

@@ -23,7 +23,7 @@ def test_ranks_whose_launcher_is_killed_save_and_leave_and_their_folder_is_locke
 ) -> None:
     with FaultyRun(tmp_path, models_file, corpus_folder, gpus=2) as run:
         run.until_step()
-        run.process.send_signal(signal.SIGUSR1)  # save and go on
+        run.signal(signal.SIGUSR1)  # save and go on
         run.until(run.saved, 10)
         first, second = run.ranks()
 
@@ -46,7 +46,7 @@ def test_a_sigterm_to_the_deepspeed_program_ends_its_ranks(
     command = [*runner, str(REPOSITORY / "gpt2ds" / "cli.py")]
     with FaultyRun(tmp_path, models_file, corpus_folder, command=command) as run:
         run.until_step()
-        run.process.send_signal(signal.SIGTERM)
+        run.signal(signal.SIGTERM)
         run.until(lambda: not run.ranks(), 30)
         left_in_good_order(run, "the launcher is gone")
         assert json.loads((run.run / "outcome.json").read_text())["exit_code"] == 0
@@ -69,7 +69,7 @@ def test_restarts_begin_anew_or_go_on_from_the_last_checkpoint(
 
         run.until(lambda: len(run.records("start")) == 2, 60)
         run.until_step()
-        run.process.send_signal(signal.SIGUSR1)
+        run.signal(signal.SIGUSR1)
         run.until(run.saved, 20)
         assert len(run.ranks()) == 2
         for rank in run.ranks():
@@ -82,7 +82,7 @@ def test_restarts_begin_anew_or_go_on_from_the_last_checkpoint(
         assert resumed[:2] == [None, None]
         assert resumed[2].startswith("step-")
 
-        run.process.send_signal(signal.SIGTERM)
+        run.signal(signal.SIGTERM)
         assert run.end(30) == 0
         left_in_good_order(run, "interrupted by SIGTERM")
 
