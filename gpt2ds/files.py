@@ -33,6 +33,15 @@ def not_writable(folder: Path, error: OSError) -> str:
     )
 
 
+def file_system(folder: Path) -> str:
+    """The type of the file system that holds a folder, such as "ext4"; "" where that cannot be told."""
+    import psutil
+
+    whole = folder.resolve()
+    mounts = {Path(part.mountpoint): part.fstype for part in psutil.disk_partitions(all=True)}
+    return next((mounts[place] for place in (whole, *whole.parents) if place in mounts), "")
+
+
 def sync_folder(folder: Path) -> None:
     """Makes renames in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -19,14 +19,13 @@ from gpt2ds.devices import free_port, this_machine
 from gpt2ds.errors import UserError
 from gpt2ds.processes import start_ticks
 from gpt2ds.supervisors import supervisor_variable
+from gpt2ds.training.guard import STOP_SIGNALS
 
 POLL_SECONDS = 0.2
 
 # Ranks whose launcher died notice it, save and leave by themselves, by their own timeout at the latest. Not for ever:
 # they hold the GPUs that a restart needs.
 ORPHANS_SECONDS = 900.0
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def under_launcher() -> bool:
@@ -109,8 +108,12 @@ class Launcher:
         # end alike and by themselves, and so does it. It gets the signal when the user insists.
         for rank in alive:
             _kill(rank, number)
-        if number != signal.SIGUSR1 and (len(self.received) > 1 or not alive):
+        if number != signal.SIGUSR1 and (self._insisted() or not alive):
             self._process.send_signal(signal.SIGTERM)
+
+    def _insisted(self) -> bool:
+        # Two different ones say the same thing in two ways: systemd's SendSIGHUP, a terminal that closes.
+        return len(set(self.received)) < len(self.received)
 
     def _note_ranks(self) -> None:
         if self._process is None or len(self._ranks) == self.ranks:
@@ -130,7 +133,7 @@ class Launcher:
         """Ranks outlive a launcher that was killed; their GPUs and folder are free only when they end."""
         deadline = time.monotonic() + ORPHANS_SECONDS
         while alive := self._alive():
-            if time.monotonic() > deadline or len(self.received) > 1:
+            if time.monotonic() > deadline or self._insisted():
                 for rank in alive:
                     _kill(rank, signal.SIGKILL)
             time.sleep(POLL_SECONDS)

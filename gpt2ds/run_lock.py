@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from gpt2ds.errors import UserError
+from gpt2ds.files import file_system
 from gpt2ds.processes import machine, start_ticks
 
 LOCK = ".lock"
-POLL_SECONDS = 0.1
 
 # Where the kernel's answer is the whole truth. On any other file system another host may hold what it grants here.
 LOCAL_FILE_SYSTEMS = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "overlay", "tmpfs", "ramfs"}
@@ -28,8 +28,8 @@ class RunLock:
         os.register_at_fork(after_in_child=self._close)
 
     @classmethod
-    def take(cls, folder: Path, wait_seconds: float = 0) -> "RunLock":
-        """Makes the folder where it is missing, and takes its lock, trying again for so long.
+    def take(cls, folder: Path) -> "RunLock":
+        """Makes the folder where it is missing, and takes its lock.
 
         Raises UserError with the holder's pid when another process has it, and when the folder cannot be written.
         """
@@ -41,12 +41,10 @@ class RunLock:
                 f"The run folder {folder} cannot be written ({error.strerror}): make it writable, "
                 "or choose another --out."
             ) from error
-        deadline = time.monotonic() + wait_seconds
-        while (holder := _holder_in_the_way(descriptor, folder)) is not None:
-            if time.monotonic() >= deadline:
-                os.close(descriptor)
-                raise UserError(_refusal(folder, holder))
-            time.sleep(POLL_SECONDS)
+        holder = _holder_in_the_way(descriptor, folder)
+        if holder is not None:
+            os.close(descriptor)
+            raise UserError(_refusal(folder, holder))
         pid = os.getpid()
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         own = {"pid": pid, "start_ticks": start_ticks(pid), "machine": machine(), "since": since}
@@ -81,7 +79,7 @@ def _holder_in_the_way(descriptor: int, folder: Path) -> dict[str, Any] | None:
         return _holder(descriptor)
     except OSError:
         return _unjudged(descriptor)  # a file system without locks
-    if _file_system(folder) in LOCAL_FILE_SYSTEMS:
+    if file_system(folder) in LOCAL_FILE_SYSTEMS:
         return None
     # A network's may have been granted for this host only.
     if holder := _unjudged(descriptor):
@@ -124,17 +122,3 @@ def _write(descriptor: int, content: bytes) -> None:
     with contextlib.suppress(OSError):
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, content, 0)
-
-
-def _file_system(folder: Path) -> str:
-    """The type of the file system in which the folder is; "" where that cannot be told."""
-    device = os.stat(folder).st_dev
-    number = f"{os.major(device)}:{os.minor(device)}"
-    try:
-        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return ""
-    for fields in map(str.split, lines):
-        if fields[2] == number:
-            return fields[fields.index("-") + 1]
-    return ""

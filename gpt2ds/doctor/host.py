@@ -15,6 +15,7 @@ import psutil
 from gpt2ds.devices import Machine
 from gpt2ds.doctor.finding import Finding, from_sentence, ok, problem, warning
 from gpt2ds.ds_profile import DsProfile
+from gpt2ds.files import file_system
 from gpt2ds.gpt2.config import GPT2Config
 from gpt2ds.requirements import (
     USUAL_NVCC,
@@ -153,7 +154,7 @@ def check_shared_memory(ranks: int, cuda: bool, folder: Path = Path("/dev/shm"))
 def check_disk(out: Path, model: GPT2Config, dtype: str, keep: int) -> Iterator[Finding]:
     """Whether the checkpoints of a run below `out` have room, and whether they would outlive the next start."""
     place = nearest_folder(out)
-    kind = _file_system(place)
+    kind = file_system(place) or "of unknown kind"
     if kind in IN_MEMORY:
         what = f"{place} is a {kind}: it takes host memory, and checkpoints in it are gone when the machine restarts."
         yield warning("disk", what, "Choose a folder on a disk with --out.")
@@ -164,12 +165,6 @@ def check_disk(out: Path, model: GPT2Config, dtype: str, keep: int) -> Iterator[
     yield ok(
         "disk", f"{free / GIB:.1f} GiB free in {out} ({kind}); checkpoints of {model.name} take {needed / GIB:.1f}."
     )
-
-
-def _file_system(folder: Path) -> str:
-    whole = folder.resolve()
-    mounts = {Path(part.mountpoint): part.fstype for part in psutil.disk_partitions(all=True)}
-    return next((mounts[place] for place in (whole, *whole.parents) if place in mounts), "of unknown kind")
 
 
 def check_host_memory(parts: dict[str, int], machine: Machine, model: GPT2Config) -> Finding:

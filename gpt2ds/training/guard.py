@@ -2,6 +2,7 @@
 together. Imports nothing heavy, so that signals are caught from the first moment on.
 """
 
+import os
 import signal
 import threading
 import time
@@ -11,6 +12,9 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 # In place of a signal's number: the launcher has died, which no signal tells.
 LAUNCHER_GONE = 1000
+
+# What a run that is told to leave at once may take for its last words.
+LEAVE_SECONDS = 3.0
 
 # What schedulers grant between SIGTERM and SIGKILL, where nobody asked for more (Slurm's KillWait).
 GRACE_SECONDS = 30.0
@@ -34,6 +38,7 @@ class StopSignals:
         self.received: int = 0
         self.save_wanted = False
         self._earlier: dict[int, object] = {}
+        self._heard = -1
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is not threading.main_thread():
@@ -44,11 +49,31 @@ class StopSignals:
                 continue
             self._earlier[number] = earlier
             signal.signal(number, self._receive)
+        reading, self._heard = os.pipe()
+        os.set_blocking(self._heard, False)
+        signal.set_wakeup_fd(self._heard, warn_on_full_buffer=False)
+        threading.Thread(target=self._hear, args=(reading,), name="signals", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._earlier.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        if self._heard >= 0:
+            signal.set_wakeup_fd(-1)
+            os.close(self._heard)  # ends the thread
+            self._heard = -1
+
+    def _hear(self, reading: int) -> None:
+        """Leaves at the second Ctrl-C where the main thread cannot: in a collective that waits for ever Python calls no
+        handler, but the number of each signal is written into the pipe all the same.
+        """
+        interrupts = 0
+        while numbers := os.read(reading, 64):
+            interrupts += numbers.count(signal.SIGINT)
+            if interrupts > 1:
+                time.sleep(LEAVE_SECONDS)
+                os._exit(128 + signal.SIGINT)
+        os.close(reading)
 
     def launcher_gone(self) -> None:
         """From the thread that watches it."""

@@ -193,11 +193,6 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def newest_name(folder: Path) -> str | None:
-    """Name of the newest checkpoint that has a manifest, unverified; None when there is none."""
-    return max((path.parent.name for path in folder.glob(f"step-*/{MANIFEST}")), default=None)
-
-
 def best_name(checkpoints: Iterable[Path]) -> str | None:
     """Name of the one with the lowest validation loss of those that were evaluated; None when there is none."""
     losses: dict[str, float] = {}

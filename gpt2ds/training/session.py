@@ -16,13 +16,12 @@ from gpt2ds.devices import card_bytes
 from gpt2ds.errors import MemoryShortageError, RankLostError, UserError
 from gpt2ds.files import not_writable, write_atomically
 from gpt2ds.plan import Plan
-from gpt2ds.run_folder import OUTCOME
+from gpt2ds.run_folder import OUTCOME, complete_checkpoints
 from gpt2ds.run_lock import RunLock
 from gpt2ds.runlog.metrics import NullLog, Recorder
 from gpt2ds.training.engine import Ranks, TrainingEngine, chatter_to, share, start_ranks, stop_ranks
 from gpt2ds.training.guard import StopSignals
 from gpt2ds.training.loop import Ending, Run
-from gpt2ds.training.manifest import newest_name
 from gpt2ds.training.memory_watch import AllocatorWatch, MemoryWatch
 from gpt2ds.training.out_of_memory import explain, is_out_of_memory
 from gpt2ds.training.vigil import Vigil, leaving_with_launcher
@@ -178,8 +177,9 @@ def _answer(error: BaseException, plan: Plan, rank: int, doing: str) -> MemorySh
     """What to tell the user when memory ran out; None for any other error."""
     if not is_out_of_memory(error):
         return None
-    saved = newest_name(plan.folder / "checkpoints")
-    return MemoryShortageError(explain(error, plan, rank=rank, doing=doing, checkpoint=saved))
+    saved = complete_checkpoints(plan.folder)
+    newest = saved[-1].name if saved else None
+    return MemoryShortageError(explain(error, plan, rank=rank, doing=doing, checkpoint=newest))
 
 
 def _first_line(error: BaseException) -> str:

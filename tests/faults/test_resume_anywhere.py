@@ -6,12 +6,14 @@ That states go from any stage to any other without a bit changed is tested in te
 import json
 from collections import Counter
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
 from support import end_ranks, start_ranks
 
 from gpt2ds.corpus.batches import Windows
+from gpt2ds.corpus.prepare import PrepareOptions, prepare
 from gpt2ds.corpus.shards import open_corpus
 
 GLOBAL_BATCH = 8
@@ -42,12 +44,15 @@ def losses(folder: Path) -> dict[int, float]:
 
 
 def test_other_ranks_stages_and_micro_batches_go_on_with_the_same_run(
-    tmp_path: Path, models_file: Path, corpus_folder: Path, fp32_profiles: dict[int, Path]
+    tmp_path: Path, models_file: Path, fp32_profiles: dict[int, Path]
 ) -> None:
+    text, shards = tmp_path / "text.txt", tmp_path / "corpus"
+    text.write_text(topics["typesmapping"][:9_000], encoding="utf-8")  # more than two epochs
+    prepare([str(text)], shards, options=PrepareOptions(validation_fraction=0.1, processes=1))
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for folder in (whole, broken):
         folder.mkdir()
-    common = (models_file, corpus_folder)
+    common = (models_file, shards)
     session(whole, *common, ranks=2, ds=fp32_profiles[2], steps=STEPS, micro_batch=2, accumulation=2)
     session(broken, *common, ranks=2, ds=fp32_profiles[2], steps=10, micro_batch=2, accumulation=2)
     # On one card at ZeRO-3: the accumulation follows from the global batch.
@@ -64,7 +69,11 @@ def test_other_ranks_stages_and_micro_batches_go_on_with_the_same_run(
 
     seen = [line.split() for path in broken.glob("count-*") for line in path.read_text(encoding="ascii").splitlines()]
     assert sorted(int(position) for position, _ in seen) == list(range(STEPS * GLOBAL_BATCH))
-    count = len(Windows(open_corpus(corpus_folder).train, CONTEXT_LENGTH))
-    epoch = Counter(int(number) for position, number in seen if int(position) < count)
-    assert max(epoch.values()) == 1
-    assert len(epoch) == min(count, STEPS * GLOBAL_BATCH)
+    count = len(Windows(open_corpus(shards).train, CONTEXT_LENGTH))
+    numbers = [number for _, number in sorted((int(position), int(number)) for position, number in seen)]
+    epochs = [numbers[start : start + count] for start in range(0, len(numbers), count)]
+    assert len(epochs) >= 3, "the second session begins in one epoch and ends in another, and so does the third"
+    for epoch in epochs:
+        assert max(Counter(epoch).values()) == 1
+    assert [len(epoch) for epoch in epochs[:-1]] == [count] * (len(epochs) - 1)
+    assert epochs[0] != epochs[1]

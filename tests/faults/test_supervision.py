@@ -101,6 +101,21 @@ def test_a_rank_that_hangs_is_named(tmp_path: Path, models_file: Path, corpus_fo
         assert run.records("end")[-1]["reason"] == "failed: a rank was lost"
 
 
+def test_a_second_ctrl_c_ends_a_rank_that_waits_for_ever(
+    tmp_path: Path, models_file: Path, corpus_folder: Path
+) -> None:
+    with FaultyRun(tmp_path, models_file, corpus_folder, ranks=2) as run:
+        run.until_step()
+        waiting, hung = run.ranks()
+        hung.suspend()
+        time.sleep(1)  # by now the other one waits for it, in a collective
+        waiting.send_signal(signal.SIGINT)
+        time.sleep(1)
+        assert waiting.is_running()
+        waiting.send_signal(signal.SIGINT)
+        assert waiting.wait(10) in (None, 130)  # None: it is no child of this process
+
+
 def test_a_mistake_of_the_user_is_not_tried_again(tmp_path: Path, models_file: Path) -> None:
     start = time.monotonic()
     result = run_cli("train", "--restarts", 3, "--models-file", models_file, "--data", "nowhere", cwd=tmp_path)

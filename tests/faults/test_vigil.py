@@ -150,7 +150,7 @@ def test_a_lock_names_its_holder_and_ends_with_it(tmp_path: Path) -> None:
     holder.kill()
     holder.wait()
     holder.stdout.close()
-    lock = RunLock.take(folder, wait_seconds=5)  # its children live, and do not keep it
+    lock = RunLock.take(folder)  # its children live, and do not keep it
     if (forked := os.fork()) == 0:
         time.sleep(20)
         os._exit(0)

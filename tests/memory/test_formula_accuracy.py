@@ -79,7 +79,7 @@ def misses(recorded: dict[str, list[tuple[Case, int]]], lose: Callable[[MemorySe
 
 
 def test_traces_made_now_are_predicted() -> None:
-    kinds = ["replicated"] * 5 + ["zero3"] * 2 + ["offload"] * 2
+    kinds = ["replicated"] * 3 + ["zero3", "offload"]
     cases = [
         case for kind in KINDS for case in draw(2026, kinds.count(kind), kind, sizes=("gpt2_small", "gpt2_medium"))
     ]
