@@ -119,4 +119,5 @@ class _Seen:
 
 
 def _finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())
+    # Detached: within a recomputed block, what is saved for a backward pass is counted and must be the same twice.
+    return bool(torch.isfinite(tensor.detach()).all())

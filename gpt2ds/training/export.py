@@ -3,6 +3,7 @@
 Reads safetensors and JSON only; nothing is unpickled, so a run folder from a stranger can be exported.
 """
 
+import glob
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from gpt2ds.gpt2.config import GPT2Config
 from gpt2ds.gpt2.model import LAYER_NORM_EPSILON, TOKEN_STD
 from gpt2ds.gpt2.model_card import model_card
 from gpt2ds.gpt2.weights import load_model, save_weights, to_hugging_face
+from gpt2ds.processes import start_ticks
 from gpt2ds.runlog.metrics import METRICS_FILE, History, read_records
 from gpt2ds.training.inference import chosen_weights
 
@@ -73,6 +75,7 @@ def export(run: Path, out: Path, *, checkpoint: str, dtype: str | None, tell: Ca
 
     temporary = out.with_name(f".{out.name}.{os.getpid()}.writing")
     try:
+        _remove_half_written(out)
         temporary.mkdir(parents=True)
         save_weights(temporary / "model.safetensors", config, tensors)
         write_tokenizer_files(temporary, config.context_length)
@@ -108,6 +111,14 @@ def _check_free(out: Path) -> None:
     if taken:
         what = "a folder that holds something" if out.is_dir() else "a file"
         raise UserError(f"{out} is {what} already: choose another --out, or remove it first.")
+
+
+def _remove_half_written(out: Path) -> None:
+    """What an export that was killed has left here."""
+    for left in out.parent.glob(f".{glob.escape(out.name)}.*.writing"):
+        pid = left.name.split(".")[-2]
+        if pid.isdigit() and start_ticks(int(pid)) is None:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _known(run: Path, tell: Callable[[str], None]) -> tuple[dict[str, Any], History | None]:

@@ -67,9 +67,12 @@ def test_data_that_gives_nans_is_passed_over(
     assert manifest["position"]["sequences_seen"] == (last + 3 + NON_FINITE_STEPS_MOST) * GLOBAL_BATCH
 
 
-def test_what_no_return_helps_ends_with_a_diagnosis(tmp_path: Path, models_file: Path, corpus_folder: Path) -> None:
+@pytest.mark.parametrize("ds", ["zero2", "zero3"])  # nothing recomputed, and every block
+def test_what_no_return_helps_ends_with_a_diagnosis(
+    tmp_path: Path, models_file: Path, corpus_folder: Path, ds: str
+) -> None:
     bad = {"kind": "data", "rank": 1, "from": 7 * GLOBAL_BATCH, "to": 10**9}
-    results, run = run_faulty(tmp_path, models_file, corpus_folder, bad, ds="zero2", steps=1000)
+    results, run = run_faulty(tmp_path, models_file, corpus_folder, bad, ds=ds, steps=1000)
     assert [result.returncode for result in results] == [1, 1], results
     assert all("Traceback" not in result.stderr for result in results), results
     assert len(records(run, "return")) == 3

@@ -1,6 +1,7 @@
 """Exported folders: opened by transformers without a word, equal in every logit and token, whole or not there."""
 
 import json
+import os
 import random
 import shutil
 import stat
@@ -263,7 +264,12 @@ def test_nothing_is_replaced_and_nothing_half_stays(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=words):
             exported(source, tmp_path / out)
         assert sorted(path.name for path in tmp_path.rglob("*")) == before
+    killed, at_work = (tmp_path / f".empty.{pid}.writing" for pid in (99_999_999, os.getppid()))
+    for folder in (killed, at_work):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"half")
     exported(source, tmp_path / "empty")
     assert {path.name for path in (tmp_path / "empty").iterdir()} == FILES
+    assert at_work.exists() and not killed.exists()
     modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "empty").iterdir()}
     assert len(modes) == 1, "whoever may read one file may read all"
