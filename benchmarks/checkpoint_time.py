@@ -245,6 +245,7 @@ def position_of(step: int) -> Any:
         schedule={},
         evaluated_at=0,
         val_loss=None,
+        losses=[],
     )
 
 

@@ -223,10 +223,14 @@ def _optimizer(settings: Settings) -> Iterator[str]:
         yield "optimizer.params: fused and foreach exclude each other: keep fused, which needs no temporaries"
     if params.get("amsgrad"):
         yield "optimizer.params.amsgrad keeps a third state, for which the memory plan has no place: remove it"
-    if params.get("torch_adam") is False and stage_of(settings) == 0 and dtype_of(settings) != "fp32":
-        yield (
-            "optimizer.params.torch_adam: false is untested with 16 bits at ZeRO stage 0: remove it, or write stage 1"
-        )
+    if stage_of(settings) == 0 and dtype_of(settings) != "fp32":
+        own = ["bias_correction", "fp32_optimizer_states"]
+        own = ["torch_adam: false"] * (params.get("torch_adam") is False) + [key for key in own if key in params]
+        if own:
+            yield (
+                f"optimizer.params.{own[0]} takes DeepSpeed's own Adam, which is untested with 16 bits at ZeRO "
+                "stage 0: remove it, or write stage 1"
+            )
     for key in ("fused", "foreach"):
         if key in params and not params.get("torch_adam", True):
             yield f'optimizer.params.{key} is PyTorch\'s: write "torch_adam": true beside it'

@@ -125,9 +125,10 @@ class TrainOptions:
         for name, value in earlier.items():
             if name in own and own[name] is None and value is not None:
                 merged[name] = _as_option(name, value, get_args(kinds[name])[0])
-        # The end of a run is one idea with three names: asking for one of them replaces the earlier one.
-        if any(own[name] is not None for name in ("steps", "tokens", "hours")):
-            merged |= {name: own[name] for name in ("steps", "tokens", "hours")}
+        # One idea with several names each: asking for one of them replaces the earlier one.
+        for names in (("steps", "tokens", "hours"), ("save_every", "save_minutes")):
+            if any(own[name] is not None for name in names):
+                merged |= {name: own[name] for name in names}
         return TrainOptions(**merged)
 
     def command(self, ranks: int) -> str:

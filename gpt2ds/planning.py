@@ -169,6 +169,8 @@ class _Planner:
             self.problems.append(f"--warmup-steps must be 0 or more, not {self.options.warmup_steps}.")
         if sum(getattr(self.options, name) is not None for name in ("steps", "tokens", "hours")) > 1:
             self.problems.append("--steps, --tokens and --hours each say where the run ends: give one of them.")
+        if self.options.save_every is not None and self.options.save_minutes is not None:
+            self.problems.append("--save-every and --save-minutes each say how often to save: give one of them.")
         for name, value, allowed in (
             ("schedule", self.options.get("schedule"), ("cosine", "constant", "wsd")),
             ("recompute", self.options.recompute or "none", RECOMPUTE_POLICIES),

@@ -6,16 +6,18 @@ it is pickled, so reading one executes nothing. DeepSpeed's own files are not wr
 number of ranks at the same stage, and unpickle what they hold.
 """
 
+import hashlib
 import shutil
 import time
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from gpt2ds.files import sync_folder
 from gpt2ds.gpt2.weights import weights_metadata
-from gpt2ds.training.engine import TrainingEngine, gather_objects
-from gpt2ds.training.manifest import MANIFEST, WEIGHTS, Manifest, Position, best_name, checkpoint_name
+from gpt2ds.training.engine import TrainingEngine, gather_objects, share
+from gpt2ds.training.manifest import MANIFEST, WEIGHTS, Manifest, Position, best_name, checkpoint_name, read_manifest
 from gpt2ds.training.states import KINDS, OptimizerStates, Tile
 from gpt2ds.training.tensor_file import TensorFile, TensorSpec
 
@@ -165,8 +167,25 @@ def state_key(kind: str, parameter: str) -> str:
 
 
 def code_key(name: str, rank: int, tile: Tile) -> str:
-    """Of a tile's 8-bit moments as they are."""
-    return f"8bit.{name}/{tile.number}/{rank}"
+    """Of a tile's 8-bit moments as they are; the parameters' places are part of it, for the codes do not name them."""
+    layout = hashlib.sha256(repr(tile.fragments).encode()).hexdigest()[:16]
+    return f"8bit.{name}/{layout}/{tile.number}/{rank}"
+
+
+def amend(engine: TrainingEngine, folder: Path, position: Position) -> None:
+    """Gives the newest checkpoint another position, at once and without touching its states.
+
+    Called by all ranks together. Raises SaveError on all of them when that could not be written; it is as it was then.
+    """
+    failure = None
+    if engine.ranks.rank == 0:
+        path = folder / checkpoint_name(position.step)
+        try:
+            replace(read_manifest(path), position=position).write(path)
+        except (OSError, ValueError) as error:
+            failure = _said(error) if isinstance(error, OSError) else str(error)
+    if failure := share(failure):
+        raise SaveError(failure)
 
 
 def prune(folder: Path, newest_name: str, keep: int) -> None:

@@ -34,5 +34,7 @@ class DataPosition:
         return self._starts[-min(count, len(self._starts))], self.sequences_seen
 
     def pass_over(self, first: int, end: int) -> None:
-        """Leaves these out from now on."""
-        self.passed_over = sorted([*self.passed_over, [first, end]])
+        """Leaves these out from now on, but for those that were seen already."""
+        first = max(first, self.sequences_seen)
+        if first < end and [first, end] not in self.passed_over:
+            self.passed_over = sorted([*self.passed_over, [first, end]])

@@ -92,10 +92,10 @@ class Clock:
     """Training time over all sessions of a run, in seconds."""
 
     def __init__(self, earlier_seconds: float = 0.0) -> None:
-        self._earlier = earlier_seconds
+        self.earlier_seconds = earlier_seconds
         self._start = time.monotonic()
 
     @property
     def elapsed_seconds(self) -> float:
         """Seconds of this session and the earlier ones."""
-        return self._earlier + time.monotonic() - self._start
+        return self.earlier_seconds + time.monotonic() - self._start

@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections import deque
+from collections.abc import Iterable
 from itertools import pairwise
 
 # So many steps in a row without a finite gradient are no accident of one batch. fp16's loss scale takes up to 17 to
@@ -15,6 +16,10 @@ SPIKE_DEVIATIONS = 6.0
 SPIKE_LEAST_NATS = 0.3
 SPIKE_STEPS = 5
 
+# What spoilt the weights came before the first bad loss, which is that of the weights before its step: an update, or
+# the momentum of one, shows within a few steps.
+LEAD_STEPS = 5
+
 # The level is the median of so few losses that a falling one is not far from it; the noise is judged from more.
 LEVEL_STEPS = 10
 NOISE_STEPS = 50
@@ -26,12 +31,13 @@ RETURNS_MOST = 3
 class Health:
     """Watches loss and gradients step by step; the same on all ranks, because they see the same numbers."""
 
-    def __init__(self) -> None:
+    def __init__(self, losses: Iterable[float] = ()) -> None:
+        """losses: of the last good steps of an earlier session, its `losses`."""
         self.steps_in_trouble = 0
         """How many of the last steps were bad, without a good one between them."""
         self._skipped_in_a_row = 0
         self._high_in_a_row = 0
-        self._losses: deque[float] = deque(maxlen=NOISE_STEPS)
+        self._losses: deque[float] = deque(losses, maxlen=NOISE_STEPS)
 
     def saw(self, loss: float, taken: bool) -> str | None:
         """Notes one step; a sentence when the run should go back to before the last `steps_in_trouble` steps.
@@ -59,6 +65,11 @@ class Health:
             f"The loss was {loss:.3f} and far above its level of {level:.3f} (its noise has a standard deviation of "
             f"{noise:.3f}) in {SPIKE_STEPS} steps in a row."
         )
+
+    @property
+    def losses(self) -> list[float]:
+        """Of the last good steps, by which a jump is seen."""
+        return list(self._losses)
 
     def forget_trouble(self) -> None:
         """After a return: the bad steps did not happen."""

@@ -4,7 +4,7 @@ import platform
 import shlex
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ from gpt2ds.training.diagnosis import diagnose
 from gpt2ds.training.engine import TrainingEngine, gather_numbers, share
 from gpt2ds.training.evaluation import Evaluation, sample_text, to_device
 from gpt2ds.training.guard import Clock, StopSignals, name_of
-from gpt2ds.training.health import RETURNS_MOST, Health
-from gpt2ds.training.manifest import Position
+from gpt2ds.training.health import LEAD_STEPS, RETURNS_MOST, Health
+from gpt2ds.training.manifest import Manifest, Position
 from gpt2ds.training.memory_watch import MemoryWatch, StepPeaks
 from gpt2ds.training.saving import Saving
 from gpt2ds.training.schedule import LearningRate
@@ -130,19 +130,11 @@ class Run:
         resumed_from = None
         passed_over: list[str] = []
         if self.plan.resumed:
-            resumed_from, position = restoring.load(self.engine, self.checkpoints, passed_over.append)
-            self._go_on_from(position)
-            self.clock = Clock(position.elapsed_seconds)
-            # The schedule goes on as it was decided, unless another one is asked for now.
-            if position.schedule == asdict(self.plan.schedule):
-                try:
-                    self.rate = LearningRate(**position.learning_rate)
-                except TypeError as error:
-                    raise UserError(
-                        f"Checkpoint {resumed_from} was written by another version ({error}): resume it with that one."
-                    ) from error
-                self.speed_measured = position.speed_measured
-                self.evaluate_every = self.plan.options.evaluate_every or position.evaluate_every
+            resumed_from, manifest = restoring.load(self.engine, self.checkpoints, passed_over.append)
+            self._go_on_from(manifest.position)
+            self.health = Health(manifest.position.losses)
+            self.clock = Clock(manifest.position.elapsed_seconds)
+            self._take_schedule(resumed_from, manifest)
         # Only now that nothing can be refused any more: an earlier session's plan stays until then.
         if problem := share(write_plan(self.plan) if self.engine.ranks.rank == 0 else None):
             raise UserError(problem)
@@ -160,6 +152,31 @@ class Run:
         for sentence in passed_over:
             self.record("incident", what=sentence)
 
+    def _take_schedule(self, name: str, manifest: Manifest) -> None:
+        """The schedule goes on as it was decided, unless another one is asked for now, or other ranks make the number
+        of steps another one that --hours leave room for.
+        """
+        position, hours = manifest.position, self.plan.schedule.hours
+        same = position.schedule == asdict(self.plan.schedule)
+        if not same and self.budget.used(position.elapsed_seconds) >= 1:
+            raise UserError(
+                f"The run has trained for {position.elapsed_seconds / 3600:.3g} hours already, and --hours {hours:g} "
+                "counts those of all its sessions: give it more of them, or --steps."
+            )
+        try:
+            earlier = LearningRate(**position.learning_rate)
+        except TypeError as error:
+            raise UserError(
+                f"Checkpoint {name} was written by another version ({error}): resume it with that one."
+            ) from error
+        if same and (not hours or manifest.ranks == self.plan.ranks):
+            self.rate = earlier
+            self.speed_measured = position.speed_measured
+            self.evaluate_every = self.plan.options.evaluate_every or position.evaluate_every
+        elif hours:
+            # Until the new number of steps is known; the peak, without a warm-up, would undo what was learnt.
+            self.rate = replace(self.rate, held_lr=earlier.at(position.step))
+
     def _go_on_from(self, position: Position) -> None:
         self.step = self.saving.at_step = position.step
         self.data = DataPosition(self.plan.global_batch, position.sequences_seen, position.passed_over)
@@ -169,6 +186,8 @@ class Run:
 
     def until_end(self) -> Ending:
         """Step after step, until the steps, the time or the user's patience are used up."""
+        if self.budget.used(self.clock.earlier_seconds) >= 1.0:
+            return Ending(reason="time budget reached", completed=True)
         while self.rate.total_steps is None or self.step < self.rate.total_steps:
             seen = self.one_step()
             if seen is None:
@@ -267,7 +286,10 @@ class Run:
         last = self.step
         first = last - self.health.steps_in_trouble + 1
         lr = self.rate.at(first - 1)
-        guilty = self.data.of_steps(self.health.steps_in_trouble)
+        suspect = max(1, first - LEAD_STEPS)
+        began, _ = self.data.of_steps(self.health.steps_in_trouble)
+        guilty = self.data.of_steps(last - suspect + 1)
+        known = self.data.passed_over
         self.doing = f"going back before step {first}"
         ending = Ending(
             reason=f"failed: {trouble[0].lower()}{trouble[1:].rstrip('.')}", failed=True, weights_good=False
@@ -275,29 +297,38 @@ class Run:
         passed_over: list[str] = []
         found, why = None, f"{RETURNS_MOST} returns did not help"
         if self.returns_without_progress < RETURNS_MOST:
-            found = restoring.load_before(self.engine, self.checkpoints, passed_over.append, first)
+            for before in (suspect, first):
+                found = found or restoring.load_before(self.engine, self.checkpoints, passed_over.append, before)
             why = "there is no checkpoint to go back to"
-        for sentence in passed_over:
+        for sentence in dict.fromkeys(passed_over):
             self.record("incident", what=sentence)
         if found is None:
             self.record("incident", what=f"{trouble} The run ends, because {why}.")
-            self.diagnose(guilty[0], lr)
+            self.diagnose(began, lr)
             return ending
-        name, position = found
+        name, manifest = found
         returns = self.returns + 1
-        self._go_on_from(position)
+        self._go_on_from(manifest.position)
         self.returns = returns
-        self.data.pass_over(*guilty)
+        # Also what earlier returns passed over: a full disk may have kept it from this checkpoint.
+        for span in (*known, guilty):
+            self.data.pass_over(*span)
         self.returns_without_progress += 1
         self.trouble_at = max(self.trouble_at, last)
         self.health.forget_trouble()
         self.record("return", resumed_from=name, from_step=last)
         self.record(
             "incident",
-            what=f"{trouble} The run went back from step {last} to {name} and passes over the "
-            f"{guilty[1] - guilty[0]:,} sequences of steps {first} to {last}.",
+            what=f"{trouble} The run went back from step {last} to {name} and passes over the sequences of steps "
+            f"{max(suspect, self.step + 1)} to {last}.",
         )
-        self.save()  # the same once more, but it knows what is passed over, also when the run is stopped now
+        # It learns what is passed over, also when the run is stopped now.
+        position = replace(manifest.position, passed_over=self.data.passed_over, returns=returns)
+        try:
+            checkpoints.amend(self.engine, self.checkpoints, position)
+        except checkpoints.SaveError as error:
+            self.saving.at_step = -1  # the end of the run tries it once more, as a whole checkpoint
+            self.record("incident", what=f"{name} does not know of this return yet: {error}.")
         return None
 
     def diagnose(self, sequences_seen: int, lr: float) -> None:
@@ -365,6 +396,7 @@ class Run:
         total = self.step + left
         if not self.speed_measured:
             self.speed_measured = True
+            self.rate = replace(self.rate, held_lr=None)
             self.evaluate_every = self.evaluate_every or evaluation_interval(total)
             if self.plan.options.warmup_steps is None:
                 self.rate = self.rate.with_default_warmup(self.step, total)
@@ -409,6 +441,7 @@ class Run:
             schedule=asdict(self.plan.schedule),
             evaluated_at=self.evaluated_at,
             val_loss=self.val_loss if self.evaluated_at == self.step else None,
+            losses=self.health.losses,
         )
         # In the middle of trouble nothing is removed: the checkpoint before it may be the last good one.
         keep = None if self.health.steps_in_trouble else self.plan.options.get("keep")
@@ -425,7 +458,7 @@ class Run:
         self.record("checkpoint", name=name, bytes=size, seconds=round(seconds, 3))
         self.saving.saved(self.step, seconds, position.val_loss)
         # What cannot be left in the middle: a micro-batch, or an evaluation.
-        slowest = max(self.budget.step_seconds, default=0.0) / self.plan.accumulation
+        slowest = max(self.budget.step_seconds[1:], default=0.0) / self.plan.accumulation  # the first one compiles
         problem = self.saving.grace_problem(max(slowest, self.budget.evaluation_seconds))
         if problem and not self.grace_said:
             self.grace_said = True

@@ -17,7 +17,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from gpt2ds.errors import UserError
 from gpt2ds.files import file_sha256, sync_folder, write_atomically
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
 
@@ -46,6 +46,8 @@ class Position:
     """Step of the last evaluation."""
     val_loss: float | None
     """Validation loss of these very weights, where they were evaluated."""
+    losses: list[float]
+    """Of the last good steps: by them the next session sees a jump."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,12 +11,12 @@ from torch import Tensor
 from gpt2ds.errors import UserError
 from gpt2ds.training.checkpoints import code_key, forget_from, state_key
 from gpt2ds.training.engine import TrainingEngine, gather_objects, share
-from gpt2ds.training.manifest import WEIGHTS, Manifest, Position, newest
+from gpt2ds.training.manifest import WEIGHTS, Manifest, newest
 from gpt2ds.training.states import KINDS, MASTER, Fragment, OptimizerStates, Tile
 
 
-def load(engine: TrainingEngine, folder: Path, passed_over: Callable[[str], None]) -> tuple[str, Position]:
-    """Puts every rank where the newest checkpoint that holds left off; returns (name, position).
+def load(engine: TrainingEngine, folder: Path, passed_over: Callable[[str], None]) -> tuple[str, Manifest]:
+    """Puts every rank where the newest checkpoint that holds left off; returns (name, manifest).
 
     passed_over: told of each newer checkpoint that is damaged, and why. Raises UserError when none holds.
     """
@@ -34,7 +34,7 @@ def load(engine: TrainingEngine, folder: Path, passed_over: Callable[[str], None
 
 def load_before(
     engine: TrainingEngine, folder: Path, passed_over: Callable[[str], None], step: int
-) -> tuple[str, Position] | None:
+) -> tuple[str, Manifest] | None:
     """The same for the newest checkpoint of an earlier step, and removes the later ones; None when there is none."""
     taken = _taken(engine, folder, passed_over, before=step)
     if taken and engine.ranks.rank == 0:
@@ -44,7 +44,7 @@ def load_before(
 
 def _taken(
     engine: TrainingEngine, folder: Path, passed_over: Callable[[str], None], before: int | None
-) -> tuple[str, Position] | None:
+) -> tuple[str, Manifest] | None:
     """The newest checkpoint that all ranks could read; None, and states that may be of several, when there is none."""
     identity = engine.plan.identity()
     while found := _found(engine, folder, passed_over, before):
@@ -56,7 +56,7 @@ def _taken(
             problem = _read(engine, folder / name, manifest)
         if problem is None:
             engine.skipped_steps = manifest.position.skipped_steps
-            return name, manifest.position
+            return name, manifest
         passed_over(f"Checkpoint {name} is passed over: {problem}.")
         before = manifest.position.step
     return None
@@ -78,6 +78,8 @@ def _found(
 
 def _read(engine: TrainingEngine, folder: Path, manifest: Manifest) -> str | None:
     """Replaces the engine's states; what is wrong with the files on any rank, or None."""
+    from safetensors import SafetensorError
+
     states = OptimizerStates(engine)
     states.prepare()
     problem = None
@@ -86,7 +88,7 @@ def _read(engine: TrainingEngine, folder: Path, manifest: Manifest) -> str | Non
             for tile in states.tiles:
                 with states.open(tile):
                     _fill(states, tile, pieces, manifest)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         problem = str(error)
     if problems := [said for said in gather_objects(problem) if said]:
         return problems[0]
@@ -169,6 +171,8 @@ class _Pieces:
         """Fills the target, flat, with a fragment of a parameter's states."""
         at, end = fragment.start, fragment.start + fragment.length
         for start, piece in self._pieces.get(state_key(kind, fragment.parameter), []):
+            if len(piece.get_shape()) != 1:
+                raise ValueError(f"its {kind} of {fragment.parameter} is not flat")
             stop = min(start + piece.get_shape()[0], end)
             if start <= at < stop:
                 target.narrow(0, at - fragment.start, stop - at).copy_(piece[at - start : stop - start])

@@ -22,6 +22,8 @@ class LearningRate:
     climb_start: int = 0
     """First step of the climb to the peak, and the rate before it: not 0 when --hours set its length on the way."""
     climb_start_lr: float = 0.0
+    held_lr: float | None = None
+    """The rate until the number of steps is known, for a run that goes on with other --hours."""
 
     @classmethod
     def of(cls, schedule: Schedule) -> "LearningRate":
@@ -67,6 +69,8 @@ class LearningRate:
         cosine: half a cosine from the peak to min_lr_ratio of it at total_steps. wsd: the peak until decay_start, then
         linearly down to min_lr_ratio of it. constant: the peak.
         """
+        if self.held_lr is not None:
+            return self.held_lr
         if step < self.warmup_steps:
             done = (step + 1 - self.climb_start) / (self.warmup_steps - self.climb_start)
             return self.climb_start_lr + (self.peak_lr - self.climb_start_lr) * done

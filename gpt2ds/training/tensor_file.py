@@ -14,6 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+# Put on the disk piece by piece: whoever watches for a rank that hangs sees each tensor, but not one sync of gigabytes.
+_SYNC_BYTES = 2**30
+
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
 
 
@@ -33,7 +36,7 @@ class TensorFile:
 
     def __init__(self, path: Path, specs: Iterable[TensorSpec], metadata: Mapping[str, str] | None = None) -> None:
         self._digest = hashlib.sha256()
-        self._bytes = 0
+        self._bytes = self._synced_bytes = 0
         self._left = list(specs)
         header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
         end = 0
@@ -56,8 +59,7 @@ class TensorFile:
     def close(self) -> dict[str, Any]:
         """Puts the file on the disk and not only into the page cache; returns its {"bytes", "sha256"}."""
         assert not self._left, f"{self._left[0].name} was never added"
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._sync()
         self._file.close()
         return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
 
@@ -65,6 +67,13 @@ class TensorFile:
         self._file.write(content)
         self._digest.update(content)
         self._bytes += len(content)
+        if self._bytes - self._synced_bytes >= _SYNC_BYTES:
+            self._sync()
+
+    def _sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._synced_bytes = self._bytes
 
     def __enter__(self) -> "TensorFile":
         return self

@@ -13,10 +13,11 @@ import pytest
 from support import end_ranks, start_ranks
 
 from gpt2ds.training.data_position import DataPosition
-from gpt2ds.training.health import NOISE_STEPS, NON_FINITE_STEPS_MOST, SPIKE_STEPS, Health
+from gpt2ds.training.health import LEAD_STEPS, NOISE_STEPS, NON_FINITE_STEPS_MOST, SPIKE_STEPS, Health
 
 GLOBAL_BATCH = 4
 SAVE_EVERY = 5
+FIRST_BAD = 13
 
 
 def run_faulty(
@@ -42,18 +43,20 @@ def records(run: Path, kind: str) -> list[dict[str, Any]]:
 def test_data_that_gives_nans_is_passed_over(
     tmp_path: Path, models_file: Path, corpus_folder: Path, kind: str, ds: str
 ) -> None:
-    # From the 8th step's sequences on, for one step more than is borne.
-    bad = {"kind": kind, "rank": 1, "from": 7 * GLOBAL_BATCH, "to": (7 + NON_FINITE_STEPS_MOST + 1) * GLOBAL_BATCH}
-    last = 7 + NON_FINITE_STEPS_MOST
+    # For one step more than is borne. The checkpoint before the first suspect step is the first one.
+    last = FIRST_BAD - 1 + NON_FINITE_STEPS_MOST
+    bad = {"kind": kind, "rank": 1, "from": (FIRST_BAD - 1) * GLOBAL_BATCH, "to": (last + 1) * GLOBAL_BATCH}
     results, run = run_faulty(tmp_path, models_file, corpus_folder, bad, ds=ds, steps=last + 3)
     assert [result.returncode for result in results] == [0, 0], results
     (back,) = records(run, "return")
     assert (back["resumed_from"], back["step"], back["from_step"]) == ("step-00000005", 5, last)
     told = [record["what"] for record in records(run, "incident")]
-    assert any("passes over the 100 sequences of steps 8 to 32" in what for what in told), told
+    suspect = FIRST_BAD - LEAD_STEPS
+    assert any(f"passes over the sequences of steps {suspect} to {last}" in what for what in told), told
     steps = records(run, "step")
     after = steps[next(i for i, record in enumerate(steps) if record["step"] == last) + 1 :]
     # Back to 6 and 7 on their own data, one step on the last of the bad data, then to the end.
+    assert suspect == 8
     assert [record["step"] for record in after] == list(range(6, last + 4))
     before = {record["step"]: record["loss"] for record in steps[:7]}
     assert [record["loss"] for record in after[:2]] == pytest.approx([before[6], before[7]], abs=1e-6)
@@ -64,7 +67,7 @@ def test_data_that_gives_nans_is_passed_over(
     assert "went back to step-00000005" in (run / "training_log.md").read_text(encoding="utf-8")
     manifest = json.loads((sorted((run / "checkpoints").glob("step-*"))[-1] / "manifest.json").read_text())
     assert manifest["position"]["passed_over"] == [[7 * GLOBAL_BATCH, last * GLOBAL_BATCH]]
-    assert manifest["position"]["sequences_seen"] == (last + 3 + NON_FINITE_STEPS_MOST) * GLOBAL_BATCH
+    assert manifest["position"]["sequences_seen"] == (last + 3 + last - 7) * GLOBAL_BATCH
 
 
 @pytest.mark.parametrize("ds", ["zero2", "zero3"])  # nothing recomputed, and every block
@@ -94,7 +97,21 @@ def test_a_loss_that_jumps_is_gone_back_from(tmp_path: Path, models_file: Path, 
     assert [result.returncode for result in results] == [0, 0], results
     (back,) = records(run, "return")
     assert back["from_step"] == first + SPIKE_STEPS - 1
-    assert back["resumed_from"] == f"step-{(first - 1) // SAVE_EVERY * SAVE_EVERY:08d}"
+    assert back["resumed_from"] == f"step-{(first - LEAD_STEPS - 1) // SAVE_EVERY * SAVE_EVERY:08d}"
+
+
+def test_an_update_that_ruins_the_weights_is_gone_back_from(
+    tmp_path: Path, models_file: Path, corpus_folder: Path
+) -> None:
+    """Its own loss is good, and so is that of the checkpoint that follows upon it."""
+    ruinous = (NOISE_STEPS // SAVE_EVERY + 2) * SAVE_EVERY
+    bad = {"kind": "update", "rank": 0, "from": (ruinous - 1) * GLOBAL_BATCH, "to": ruinous * GLOBAL_BATCH}
+    results, run = run_faulty(tmp_path, models_file, corpus_folder, bad, ds="fp32_baseline", steps=ruinous + 10)
+    assert [result.returncode for result in results] == [0, 0], results
+    (back,) = records(run, "return")
+    assert back["from_step"] == ruinous + SPIKE_STEPS
+    assert back["resumed_from"] == f"step-{ruinous - SAVE_EVERY:08d}"
+    assert records(run, "end")[-1]["reason"] == "completed"
 
 
 def test_one_odd_batch_is_no_spike_and_noise_is_none_either() -> None:

@@ -43,6 +43,7 @@ def position_at(step: int, *, skipped_steps: int = 0) -> Position:
         schedule={},
         evaluated_at=0,
         val_loss=None,
+        losses=[],
     )
 
 

@@ -132,7 +132,7 @@ def main(profiles: Path, models_file: Path, corpus: Path) -> None:
         checkpoints.save(engine, saved, position_at(STEPS + 2, skipped_steps=3), 1, {})
         going_on = one_step(engine, plan, STEPS + 2)
         resumed_engine = TrainingEngine(plan, ranks, io.StringIO())
-        _, position = restoring.load(resumed_engine, saved, print)
+        position = restoring.load(resumed_engine, saved, print)[1].position
         resumed = one_step(resumed_engine, plan, STEPS + 2)
         going_on_weights, resumed_weights = weights_of(engine), weights_of(resumed_engine)
         if ranks.rank == 0:

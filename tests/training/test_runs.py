@@ -296,6 +296,24 @@ def test_another_end_or_rate_asked_for_on_resuming_counts(
     assert [record["lr"] for record in steps[3:]] == [1e-5, 1e-5]
 
 
+def test_other_hours_asked_for_on_resuming_do_not_begin_at_the_peak(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "copy")
+    run = tmp_path / "copy" / "logs" / "a"
+    refused = run_cli("train", "--resume", "--hours", 1e-5, cwd=tmp_path / "copy")
+    assert refused.returncode == 2, refused.stdout + refused.stderr
+    assert "--hours 1e-05 counts those of all its sessions" in refused.stderr
+    trained = records(run, "step")[-1]["elapsed_seconds"]
+    result = run_cli("train", "--resume", "--hours", (trained + 8) / 3600, cwd=tmp_path / "copy")
+    assert result.returncode == 0, result.stdout + result.stderr
+    (decided,) = records(run, "schedule")
+    first, *_, last = rates = [record["lr"] for record in records(run, "step")[STEPS : decided["step"]]]
+    assert len(rates) >= 5 and first == last == pytest.approx(2e-4), "the least rate, at which the run had ended"
+
+    again = run_cli("train", "--resume", cwd=tmp_path / "copy")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert records(run, "end")[-1]["tokens"] == records(run, "end")[-2]["tokens"], "no step after the last"
+
+
 def test_pruning_keeps_the_newest_complete_ones_up_to_the_one_just_written(tmp_path: Path) -> None:
     from gpt2ds.training.checkpoints import prune
     from gpt2ds.training.manifest import MANIFEST
