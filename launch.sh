@@ -33,6 +33,8 @@ install() {
   [ -e "$venv/.with-test" ] && extras=test
   wanted="$extras $(cat pyproject.toml constraints.txt | cksum)"
   if [ ! -x "$venv/bin/pip" ]; then
+    [ -n "$(ls -A "$venv" 2>/dev/null)" ] && [ ! -e "$venv/pyvenv.cfg" ] &&
+      fail "$venv holds something and is no virtual environment: name another folder in GPT2DS_VENV."
     python=$(find_python) || exit
     echo "Making $venv"
     "$python" -m venv --clear "$venv"

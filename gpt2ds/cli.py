@@ -55,7 +55,7 @@ def main() -> NoReturn:
         _tell_once(str(error))
         code = 3
     except RankLostError as error:
-        _tell_once(str(error))
+        _tell_once(str(error), first=error.speaks)
         code = 1
     except KeyboardInterrupt:
         code = 130
@@ -71,10 +71,10 @@ def main() -> NoReturn:
     raise SystemExit(code)
 
 
-def _tell_once(message: str) -> None:
+def _tell_once(message: str, first: bool | None = None) -> None:
     # Every rank of a node comes to the same end, and the first one says so. Another speaks only if it is alone with
     # it: the launcher ends it within a second when the first one has left.
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    if not (os.environ.get("LOCAL_RANK", "0") == "0" if first is None else first):
         time.sleep(OTHER_RANKS_WAIT_SECONDS)
     with suppress(OSError):
         print(readable(message), file=sys.stderr, flush=True)

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import itertools
 import math
 import os
 import platform
@@ -227,6 +228,7 @@ def _gpus() -> tuple[GPU, ...]:
     if visible is None:
         return tuple(found[str(index)] for index in range(len(handles)))
     wanted = [name.strip() for name in visible.split(",") if name.strip()]
+    wanted = list(itertools.takewhile(lambda name: name != "-1", wanted))  # CUDA hides it and all that follow
     # CUDA takes the first letters of a UUID for the whole.
     chosen = [
         next(gpu for key, gpu in found.items() if key == name or (name.startswith("GPU-") and key.startswith(name)))

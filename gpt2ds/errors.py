@@ -37,4 +37,11 @@ def readable(message: str) -> str:
 
 
 class RankLostError(Exception):
-    """Another rank of the run died or hangs; the message names it and its last step. Exit code 1."""
+    """Another rank of the run died or hangs; the message names it and its last step. Exit code 1.
+
+    speaks: whether this process is the one to tell of it.
+    """
+
+    def __init__(self, message: str, *, speaks: bool = True) -> None:
+        super().__init__(message)
+        self.speaks = speaks

@@ -7,6 +7,9 @@ from pathlib import Path
 
 _CHUNK_BYTES = 2**24
 
+# No other machine can write there: what this one's kernel says of locks and of open files is the whole truth.
+LOCAL_FILE_SYSTEMS = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "overlay", "tmpfs", "ramfs"}
+
 
 def write_atomically(path: Path, content: bytes) -> None:
     """A reader sees the old file or the new one, also when the machine stops in between.

@@ -16,16 +16,17 @@ from types import FrameType
 import psutil
 
 from gpt2ds.devices import free_port, this_machine
-from gpt2ds.errors import UserError
+from gpt2ds.errors import RankLostError, UserError
 from gpt2ds.processes import start_ticks
 from gpt2ds.supervisors import supervisor_variable
-from gpt2ds.training.guard import STOP_SIGNALS
+from gpt2ds.training.guard import STOP_SIGNALS, Repeats
 
 POLL_SECONDS = 0.2
 
 # Ranks whose launcher died notice it, save and leave by themselves, by their own timeout at the latest. Not for ever:
 # they hold the GPUs that a restart needs.
 ORPHANS_SECONDS = 900.0
+UNKILLABLE_SECONDS = 60.0
 
 
 def under_launcher() -> bool:
@@ -50,6 +51,8 @@ class Launcher:
         self.ranks = ranks
         self.received: list[int] = []
         """The signals to stop that came so far."""
+        self._repeats = Repeats()
+        self._insisted = False
         self._world = base64.urlsafe_b64encode(json.dumps({"localhost": devices[:ranks]}).encode()).decode()
         self._process: subprocess.Popen[bytes] | None = None
         self._ranks: dict[int, int] = {}
@@ -67,7 +70,8 @@ class Launcher:
         # The launcher itself, not the `deepspeed` program around it: that one ends on SIGTERM and leaves its ranks
         # running.
         command = [
-            *(sys.executable, "-u", "-m", "deepspeed.launcher.launch", "--log_level=critical"),
+            # -P: the folder that the user stands in is no place to import from.
+            *(sys.executable, "-u", "-P", "-m", "deepspeed.launcher.launch", "--log_level=critical"),
             *(f"--world_info={self._world}", "--master_addr=127.0.0.1", f"--master_port={free_port()}"),
             *(str(Path(__file__).with_name("cli.py")), *arguments),
         ]
@@ -100,6 +104,7 @@ class Launcher:
     def _forward(self, number: int, _: FrameType | None) -> None:
         if number != signal.SIGUSR1:
             self.received.append(number)
+            self._insisted |= self._repeats.insists(number)
         if self._process is None:
             return
         self._note_ranks()
@@ -108,12 +113,8 @@ class Launcher:
         # end alike and by themselves, and so does it. It gets the signal when the user insists.
         for rank in alive:
             _kill(rank, number)
-        if number != signal.SIGUSR1 and (self._insisted() or not alive):
+        if number != signal.SIGUSR1 and (self._insisted or not alive):
             self._process.send_signal(signal.SIGTERM)
-
-    def _insisted(self) -> bool:
-        # Two different ones say the same thing in two ways: systemd's SendSIGHUP, a terminal that closes.
-        return len(set(self.received)) < len(self.received)
 
     def _note_ranks(self) -> None:
         if self._process is None or len(self._ranks) == self.ranks:
@@ -133,7 +134,12 @@ class Launcher:
         """Ranks outlive a launcher that was killed; their GPUs and folder are free only when they end."""
         deadline = time.monotonic() + ORPHANS_SECONDS
         while alive := self._alive():
-            if time.monotonic() > deadline or self._insisted():
+            if time.monotonic() > deadline + UNKILLABLE_SECONDS:
+                pids = ", ".join(map(str, alive))
+                raise RankLostError(
+                    f"Process {pids} cannot be killed, as when a GPU's driver hangs: restart the machine."
+                )
+            if time.monotonic() > deadline or self._insisted:
                 for rank in alive:
                     _kill(rank, signal.SIGKILL)
             time.sleep(POLL_SECONDS)

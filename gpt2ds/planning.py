@@ -209,11 +209,17 @@ class _Planner:
             return open_corpus(self.options.data)
         from gpt2ds.corpus.embedded import EMBEDDED_FOLDER, prepare_embedded
 
-        EMBEDDED_FOLDER.parent.mkdir(parents=True, exist_ok=True)
-        with EMBEDDED_FOLDER.with_suffix(".lock").open("w") as lock:
-            # Every rank plans; the first one prepares the text and the others find it done.
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            corpus = prepare_embedded(EMBEDDED_FOLDER)
+        try:
+            EMBEDDED_FOLDER.parent.mkdir(parents=True, exist_ok=True)
+            with EMBEDDED_FOLDER.with_suffix(".lock").open("w") as lock:
+                # Every rank plans; the first one prepares the text and the others find it done.
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                corpus = prepare_embedded(EMBEDDED_FOLDER)
+        except OSError as error:
+            raise UserError(
+                f"The embedded text cannot be prepared in {EMBEDDED_FOLDER} ({error.strerror}): start where it can "
+                "be written, or give --data."
+            ) from error
         self.notes.append(
             f"No --data: training on the embedded text, the documentation on this machine "
             f"({corpus.train_tokens:,} tokens, digest {corpus.digest[:12]}, which changes with the Python version)."

@@ -34,9 +34,9 @@ def is_stopped(pid: int) -> bool:
 
 
 def ancestors(pid: int) -> list[int]:
-    """The pids of parent, grandparent and so on, without the init process."""
+    """The pids of parent, grandparent and so on, as far as this pid namespace shows them."""
     found: list[int] = []
-    while (fields := _stat(pid)) is not None and (pid := int(fields[1])) > 1:
+    while (fields := _stat(pid)) is not None and (pid := int(fields[1])) > 0:
         found.append(pid)
     return found
 

@@ -9,13 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from gpt2ds.errors import UserError
-from gpt2ds.files import file_system
+from gpt2ds.files import LOCAL_FILE_SYSTEMS, file_system
 from gpt2ds.processes import machine, start_ticks
 
 LOCK = ".lock"
-
-# Where the kernel's answer is the whole truth. On any other file system another host may hold what it grants here.
-LOCAL_FILE_SYSTEMS = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "overlay", "tmpfs", "ramfs"}
 
 
 class RunLock:
@@ -81,10 +78,19 @@ def _holder_in_the_way(descriptor: int, folder: Path) -> dict[str, Any] | None:
         return _unjudged(descriptor)  # a file system without locks
     if file_system(folder) in LOCAL_FILE_SYSTEMS:
         return None
-    # A network's may have been granted for this host only.
-    if holder := _unjudged(descriptor):
+    # A network's may have been granted for this host only; of its own processes each kernel knows.
+    holder = _unjudged(descriptor)
+    if holder and _kernel(str(holder.get("machine"))) == _kernel(machine()) is not None:
+        return None
+    if holder:
         fcntl.flock(descriptor, fcntl.LOCK_UN)
     return holder
+
+
+def _kernel(machine: str) -> str | None:
+    """Which boot of which host, whatever container; None where that is not known."""
+    words = machine.split()
+    return words[1] if len(words) == 3 and words[1] != "unknown" else None
 
 
 def _unjudged(descriptor: int) -> dict[str, Any] | None:

@@ -9,10 +9,14 @@ import os
 from gpt2ds.processes import ancestors, program, start_ticks
 
 LAUNCHERS = {"deepspeed.launcher.launch", "torchrun", "torch.distributed.run", "torch.distributed.launch"}
+LAUNCHERS |= {"accelerate", "accelerate.commands.launch"}
 RUNNERS = {"deepspeed", "ds", "deepspeed.launcher.runner", "gpt2ds", "cli.py"}
 
 # Set by `gpt2ds train --gpus`: its own pid and start, for a rank that looks for it only when it is gone already.
 SUPERVISOR_VARIABLE = "GPT2DS_SUPERVISOR"
+
+# Who takes over orphans; in a container it may be anything, under the pid 1.
+ADOPTERS = {"systemd", "init", "tini", "docker-init", "dumb-init"}
 
 # Only these launchers set them (deepspeed/constants.py; torch/distributed/elastic).
 LAUNCHED_VARIABLES = ("CROSS_RANK", "TORCHELASTIC_RUN_ID")
@@ -33,7 +37,9 @@ class Supervisors:
         """The nearest launcher by pid and start, the same for all ranks that it started; "" without one."""
         self._watched = {pid: start_ticks(pid) for pid, name in named if name in LAUNCHERS | RUNNERS}
         launched = any(name in os.environ for name in LAUNCHED_VARIABLES)
-        self._gone_before = launched and not self.launcher
+        # Not where a pid namespace hides the launcher, or it is one of another name.
+        orphan = bool(named) and (named[0][0] == 1 or named[0][1] in ADOPTERS)
+        self._gone_before = launched and not self.launcher and orphan
         if words := os.environ.get(SUPERVISOR_VARIABLE, "").split():
             self._watched[int(words[0])] = int(words[1]) if words[1].isdigit() else None
         if start_ticks(own) is None:  # no /proc: nothing can be known

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from gpt2ds.errors import UserError
+from gpt2ds.errors import RankLostError, UserError
 from gpt2ds.options import TrainOptions
 
 if TYPE_CHECKING:
@@ -32,8 +32,14 @@ def run_train(
     from gpt2ds.launcher import under_launcher
 
     if under_launcher():
-        if restarts is not None:
-            raise UserError("--restarts is for `gpt2ds train --gpus N`, which starts the launcher itself.")
+        if restarts is not None or gpus is not None:
+            given = "--gpus" if restarts is None else "--restarts"
+            raise UserError(
+                f"{given} is for `gpt2ds train` when it starts the launcher itself, but RANK={os.environ['RANK']} says "
+                f"that this is one rank of a run already: leave {given} out, or start with `env -u RANK`."
+            )
+        if "WORLD_SIZE" not in os.environ:
+            raise UserError("RANK is set but WORLD_SIZE is not: set both as launchers do, or start with `env -u RANK`.")
     elif gpus is not None or restarts is not None:
         from gpt2ds.restarts import supervise
 
@@ -69,9 +75,10 @@ def _train_here(options: TrainOptions, signals: "StopSignals", say: Callable[[st
         outcome = train(plan, _recorder, signals, _memory_watch(plan))
     except UserError:
         raise
-    except Exception:
+    except Exception as error:
         # The log of a run that failed says how; what went wrong follows.
-        if os.environ.get("RANK", "0") == "0" and (plan.folder / "plan.json").exists():
+        speaks = error.speaks if isinstance(error, RankLostError) else os.environ.get("RANK", "0") == "0"
+        if speaks and (plan.folder / "plan.json").exists():
             with suppress(OSError):
                 write_report(plan.folder)
         raise

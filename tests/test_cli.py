@@ -4,6 +4,7 @@ import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import PROFILES, TESTS, cpu_environment, run_cli
@@ -45,6 +46,40 @@ def test_profiles_are_explained(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     for path in PROFILES.glob("*.json"):
         assert path.stem in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "words"),
+    [
+        (["--gpus", 2], {"RANK": "0", "WORLD_SIZE": "1"}, "--gpus is for `gpt2ds train` when it starts the launcher"),
+        (["--restarts", 2], {"RANK": "0", "WORLD_SIZE": "1"}, "--restarts is for `gpt2ds train` when it starts"),
+        ([], {"RANK": "0"}, "RANK is set but WORLD_SIZE is not"),
+    ],
+)
+def test_a_rank_in_the_environment_that_is_none(
+    tmp_path: Path, arguments: list[Any], environment: dict[str, str], words: str
+) -> None:
+    result = run_cli("train", *arguments, cwd=tmp_path, **environment)
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert result.stderr.startswith("Error: ") and words in result.stderr
+
+
+def test_a_folder_in_which_the_embedded_text_cannot_be_prepared(tmp_path: Path) -> None:
+    (tmp_path / "data").write_text("no folder")
+    result = run_cli("train", "--ds", "zero2", cwd=tmp_path)
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "The embedded text cannot be prepared in data/" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_launch_sh_empties_no_folder_that_is_not_its_own(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.txt"
+    mine.write_text("mine")
+    script = Path(__file__).parents[1] / "launch.sh"
+    environment = cpu_environment(GPT2DS_VENV=str(tmp_path))
+    result = subprocess.run([script, "profiles"], env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 2, result.stderr
+    assert "is no virtual environment: name another folder in GPT2DS_VENV" in result.stderr
+    assert mine.read_text() == "mine"
 
 
 def test_prepare_says_what_it_made_and_counts_markers(tmp_path: Path) -> None:

@@ -80,7 +80,10 @@ def _findings(
     host_parts: dict[str, int],
 ) -> Iterator[Finding]:
     build, driver, cuda = torch_build(), nvidia_driver(), machine.kind == "cuda"
-    yield check_torch(build, driver)
+    seen = driver
+    if driver and driver.cards and machine.gpus:  # hidden ones are nobody's trouble
+        seen = replace(driver, cards=tuple(driver.cards[gpu.nvml_index] for gpu in machine.gpus))
+    yield check_torch(build, seen)
     if unseen:
         yield unseen
     else:

@@ -15,7 +15,7 @@ import psutil
 from gpt2ds.devices import Machine
 from gpt2ds.doctor.finding import Finding, from_sentence, ok, problem, warning
 from gpt2ds.ds_profile import DsProfile
-from gpt2ds.files import file_system
+from gpt2ds.files import LOCAL_FILE_SYSTEMS, file_system
 from gpt2ds.gpt2.config import GPT2Config
 from gpt2ds.requirements import (
     USUAL_NVCC,
@@ -116,6 +116,9 @@ def check_build_locks(needed: bool) -> Iterator[Finding]:
             findings.append(
                 warning("build locks", f"{lock} is {age:.0f} s old and no process holds it.", f"In a while: rm {lock}")
             )
+        elif file_system(folder) not in LOCAL_FILE_SYSTEMS:
+            what = f"{lock} is {_duration(age)} old and no process of this machine holds it."
+            findings.append(warning("build locks", what, f"If no other machine is building there: rm {lock}"))
         else:
             what = f"{lock} is {_duration(age)} old and no process holds it: the next build waits for it for ever."
             findings.append(problem("build locks", what, f"rm {lock}"))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ PACKAGE_ROOT = Path(__file__).parents[2]
 START_SECONDS = 60.0
 SECONDS_PER_RANK = 2.0
 LOOK_EVERY_SECONDS = 0.05
+UNKILLABLE_SECONDS = 10.0
 BEFORE_THE_GROUP = ("starting Python", "importing torch", "starting CUDA")
 SETTINGS = ("NCCL_", "GLOO_", "TORCH_NCCL_")
 
@@ -52,6 +54,9 @@ def check_all_reduce(ranks: int, *, cuda: bool, timeout_seconds: float | None = 
         if not again.failure:
             return problem("all-reduce", f"{what} Without peer-to-peer they add up right.", "export NCCL_P2P_DISABLE=1")
         what += " Without peer-to-peer they fail as well."
+    if outcome.stage in BEFORE_THE_GROUP and outcome.failure.startswith("hang"):
+        fix = "Try it again: from a cold disk or a network's the first import of torch takes minutes."
+        return problem("all-reduce", what, fix)
     return problem("all-reduce", what, _fix(cuda))
 
 
@@ -112,7 +117,8 @@ def _run(backend: str, folder: Path, environments: list[dict[str, str]], timeout
         for process in processes:
             process.kill()
         for process in processes:
-            process.wait()
+            with suppress(subprocess.TimeoutExpired):  # a hung driver keeps even a killed process
+                process.wait(UNKILLABLE_SECONDS)
 
 
 def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:

@@ -13,6 +13,10 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # In place of a signal's number: the launcher has died, which no signal tells.
 LAUNCHER_GONE = 1000
 
+# One request can arrive twice: a signal to all processes of a job reaches a rank directly and through its launcher, and
+# a terminal that closes sends its own after the shell's. Only what comes later is a second one.
+REPEAT_SECONDS = 1.0
+
 # What a run that is told to leave at once may take for its last words.
 LEAVE_SECONDS = 3.0
 
@@ -23,6 +27,18 @@ GRACE_SECONDS = 30.0
 def name_of(received: int) -> str:
     """What ended a run, for the log."""
     return "the launcher is gone" if received == LAUNCHER_GONE else f"interrupted by {signal.Signals(received).name}"
+
+
+class Repeats:
+    """Tells a user who insists from one request that arrives twice."""
+
+    def __init__(self) -> None:
+        self._first: dict[int, float] = {}
+
+    def insists(self, number: int) -> bool:
+        """Notes a signal; whether it is one that came before, and not just now."""
+        now = time.monotonic()
+        return now - self._first.setdefault(number, now) >= REPEAT_SECONDS
 
 
 class StopSignals:
@@ -37,6 +53,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.received: int = 0
         self.save_wanted = False
+        self._repeats = Repeats()
         self._earlier: dict[int, object] = {}
         self._heard = -1
 
@@ -67,10 +84,9 @@ class StopSignals:
         """Leaves at the second Ctrl-C where the main thread cannot: in a collective that waits for ever Python calls no
         handler, but the number of each signal is written into the pipe all the same.
         """
-        interrupts = 0
+        repeats = Repeats()
         while numbers := os.read(reading, 64):
-            interrupts += numbers.count(signal.SIGINT)
-            if interrupts > 1:
+            if signal.SIGINT in numbers and repeats.insists(signal.SIGINT):
                 time.sleep(LEAVE_SECONDS)
                 os._exit(128 + signal.SIGINT)
         os.close(reading)
@@ -83,7 +99,7 @@ class StopSignals:
         if number == signal.SIGUSR1:
             self.save_wanted = True
             return
-        if self.received == signal.SIGINT == number:
+        if self._repeats.insists(number) and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = self.received or number
 

@@ -18,7 +18,7 @@ from gpt2ds.files import not_writable, write_atomically
 from gpt2ds.plan import Plan
 from gpt2ds.run_folder import OUTCOME, complete_checkpoints
 from gpt2ds.run_lock import RunLock
-from gpt2ds.runlog.metrics import NullLog, Recorder
+from gpt2ds.runlog.metrics import NullLog, Recorder, RunLog
 from gpt2ds.training.engine import Ranks, TrainingEngine, chatter_to, share, start_ranks, stop_ranks
 from gpt2ds.training.guard import StopSignals
 from gpt2ds.training.loop import Ending, Run
@@ -102,6 +102,7 @@ class _Log:
 
     def __init__(self, plan: Plan, ranks: Ranks, recorder_for: Callable[[Plan], Recorder]) -> None:
         self.recorder: Recorder = NullLog()
+        self._folder = plan.folder
         problem = None
         if ranks.rank == 0:
             try:
@@ -113,11 +114,14 @@ class _Log:
         self.run: Run | None = None
         self._spoken = threading.Event()
 
-    def failed(self, reason: str, what: str | None = None) -> None:
-        """Ends the log of a run that failed; the first one to speak counts."""
+    def failed(self, reason: str, what: str | None = None, in_place_of_main: bool = False) -> None:
+        """Ends the log of a run that failed; the first one to speak counts. in_place_of_main: rank 0 is lost."""
         if self._spoken.is_set():
             return
         self._spoken.set()
+        if in_place_of_main and isinstance(self.recorder, NullLog):
+            with suppress(OSError):
+                self.recorder = RunLog(self._folder)
         step, totals = (self.run.step, self.run.totals()) if self.run else (0, {"tokens": 0, "elapsed_seconds": 0.0})
         with suppress(OSError, ValueError):  # on a full disk the first error is the one to see
             if self.run:
@@ -126,11 +130,12 @@ class _Log:
                 self.recorder.record("incident", step, what=" ".join(what.splitlines()))
             self.recorder.record("end", step, reason=f"failed: {reason}", **totals)
 
-    def rank_lost(self, message: str) -> None:
+    def rank_lost(self, message: str, speaks: bool) -> None:
         """From the vigil's thread; the process ends soon after."""
         if not self._spoken.wait(SPEAK_SECONDS):
-            print(message, file=sys.stderr, flush=True)
-            self.failed("a rank was lost", message)
+            if speaks:
+                print(message, file=sys.stderr, flush=True)
+            self.failed("a rank was lost", message, in_place_of_main=speaks)
 
     def close(self) -> None:
         with suppress(OSError):  # what the disk did not take was said when it was to be written
@@ -165,8 +170,9 @@ def _session(plan: Plan, ranks: Ranks, log: _Log, signals: StopSignals, watch: M
                 raise answer from error
             # A collective fails when another rank has died: that rank is the news, not the collective.
             if isinstance(error, RuntimeError) and (lost := vigil.lost()):
-                log.failed("a rank was lost", lost)
-                raise RankLostError(lost) from error
+                speaks = vigil.speaks()
+                log.failed("a rank was lost", lost, in_place_of_main=speaks)
+                raise RankLostError(lost, speaks=speaks) from error
             log.failed(_first_line(error))
             # Without leaving the group in good order: the other ranks may wait in the middle of a collective.
             raise

@@ -4,6 +4,7 @@ a rank that is gone, a rank that no longer moves. Files in the run folder carry 
 
 import contextlib
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,9 @@ HURRIED_SECONDS = 0.1
 # A wait that took so much longer than it was to take: this process was stopped itself, and judges nobody by the clock.
 STOPPED_SECONDS = 5.0
 
+# A rank that has not written for so long is not the one to tell what happened.
+SILENT_SECONDS = 5.0
+
 # A rank that fails by an error of its own says it itself, and its launcher then ends the others.
 OTHERS_SPEAK_SECONDS = 5.0
 LAST_WORDS_SECONDS = 25.0
@@ -34,6 +38,7 @@ def leaving_with_launcher() -> Iterator[None]:
     def watch() -> None:
         while not met.wait(LOOK_SECONDS):
             if supervisors.one_is_gone():
+                print("The launcher is gone; this rank leaves.", file=sys.stderr, flush=True)
                 os._exit(1)
 
     threading.Thread(target=watch, name="vigil", daemon=True).start()
@@ -54,15 +59,16 @@ class Vigil:
         *,
         timeout_seconds: float,
         on_launcher_gone: Callable[[], None],
-        on_lost: Callable[[str], None],
+        on_lost: Callable[[str, bool], None],
         grace_seconds: float = 5.0,
         session: str | None = None,
     ) -> None:
         """timeout_seconds: without progress for so long a rank counts as hung; also how long this process may go on
         without its launcher. on_launcher_gone: called once, from the thread, to ask the main thread to save and leave.
-        on_lost: called once, from the thread, with the sentence that says which rank is lost; grace_seconds later the
-        process ends with exit code 1 if the main thread has not left by then. session: tells this start from earlier
-        ones in the same folder, the same on all ranks; by default from what the launcher put into the environment.
+        on_lost: called once, from the thread, with the sentence that says which rank is lost, and whether this rank is
+        the one to tell it; grace_seconds later the process ends with exit code 1 if the main thread has not left by
+        then. session: tells this start from earlier ones in the same folder, the same on all ranks; by default from
+        what the launcher put into the environment.
         """
         self.timeout_seconds = timeout_seconds
         self.grace_seconds = grace_seconds
@@ -118,6 +124,13 @@ class Vigil:
         self._found.wait(wait_seconds)
         return self._lost or self._failed_elsewhere
 
+    def speaks(self) -> bool:
+        """Whether it is for this rank to tell of a lost one: no lower rank lives, or has told it already."""
+        now = time.monotonic()
+        lower = [other for other in self._states.others() if other.rank < self._own.rank]
+        living = (silence_of(rank, now) <= SILENT_SECONDS and not self._states.is_gone(rank) for rank in lower)
+        return not any(living) and not any(rank.lost for rank in lower)
+
     def _watch(self) -> None:
         orphan_since: float | None = None
         while not self._left.is_set():
@@ -151,7 +164,7 @@ class Vigil:
         self._lost = message
         self._found.set()
         with contextlib.suppress(Exception):
-            self._on_lost(message)
+            self._on_lost(message, self.speaks())
         self._states.say(self._movement, lost=message)
         # With gloo the main thread gets an error and ends by itself; with NCCL it would wait for ever. One that has
         # asked is about to leave, and may have a log to write.

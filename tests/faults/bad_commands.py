@@ -55,6 +55,7 @@ SENSELESS: list[list[str]] = [
         ["--context", "33"],
         ["--context", "9" * 30],
         ["--steps", "3", "--hours", "1"],
+        ["--save-every", "3", "--save-minutes", "1"],
         ["--schedule", "cosin"],
         ["--recompute", "al"],
         ["--name", "../outside"],

@@ -9,6 +9,8 @@ from pathlib import Path
 from faults.faults_support import REPOSITORY, FaultyRun, kill
 from support import free_port, run_cli
 
+from gpt2ds.training.guard import LEAVE_SECONDS
+
 
 def left_in_good_order(run: FaultyRun, reason: str) -> None:
     """The last step is saved, and the log says how it ended."""
@@ -109,11 +111,29 @@ def test_a_second_ctrl_c_ends_a_rank_that_waits_for_ever(
         waiting, hung = run.ranks()
         hung.suspend()
         time.sleep(1)  # by now the other one waits for it, in a collective
-        waiting.send_signal(signal.SIGINT)
-        time.sleep(1)
+        for _ in range(2):  # at once: one Ctrl-C that came in two ways
+            waiting.send_signal(signal.SIGINT)
+            time.sleep(0.1)
+        time.sleep(LEAVE_SECONDS + 1)
         assert waiting.is_running()
         waiting.send_signal(signal.SIGINT)
         assert waiting.wait(10) in (None, 130)  # None: it is no child of this process
+
+
+def test_where_rank_0_is_lost_another_one_tells_it_and_writes_the_log(
+    tmp_path: Path, models_file: Path, corpus_folder: Path
+) -> None:
+    with FaultyRun(tmp_path, models_file, corpus_folder, ranks=2) as run:
+        run.until_step()
+        lost = run.ranks()[0]
+        time.sleep(1.5)  # what it says of itself is up to a second old
+        kill(lost)
+        run.until(lambda: not run.ranks(), 30)
+        message = f"Rank 0 (process {lost.pid}) is gone; its last step was "
+        assert run.output.count(message) == 1
+        assert run.records("incident")[-1]["what"].startswith(message)
+        assert run.records("end")[-1]["reason"] == "failed: a rank was lost"
+        assert message in (run.run / "training_log.md").read_text(encoding="utf-8")
 
 
 def test_a_mistake_of_the_user_is_not_tried_again(tmp_path: Path, models_file: Path) -> None:

@@ -1,6 +1,7 @@
 """What a rank's vigil sees and says, and the lock of a run folder, with small processes that do not train."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -112,8 +113,33 @@ def test_a_launcher_that_dies_is_noticed_and_a_mere_script_is_not(
         assert seconds < 4
 
 
+SUPERVISED = """
+from gpt2ds.supervisors import Supervisors
+found = Supervisors()
+print(bool(found.launcher), found.one_is_gone())
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "sees_launcher", "gone"),
+    [("torchrun", True, False), ("some-launcher", False, False)],
+    ids=["a launcher", "one of another name"],
+)
+def test_a_launcher_may_be_the_first_process_of_a_container(first: str, sees_launcher: bool, gone: bool) -> None:
+    inner = ["unshare", "--pid", "--fork", "--mount-proc", "bash", "-c"]
+    if subprocess.run([*inner, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("a pid namespace needs root")
+    # Pid 1 bears that name; between it and the rank stands a shell, but for torchrun.
+    rank = f"{shlex.join([sys.executable, '-c', SUPERVISED])}; true"
+    below = rank if sees_launcher else f"bash -c {shlex.quote(rank)}; true"
+    command = [*inner, f"exec -a {first} bash -c {shlex.quote(below)}"]
+    environment = cpu_environment(TORCHELASTIC_RUN_ID="x")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(sees_launcher), str(gone)]
+
+
 def test_progress_costs_microseconds(tmp_path: Path) -> None:
-    vigil = Vigil(tmp_path, 0, 1, timeout_seconds=600, on_launcher_gone=lambda: None, on_lost=lambda _: None)
+    vigil = Vigil(tmp_path, 0, 1, timeout_seconds=600, on_launcher_gone=lambda: None, on_lost=lambda *_: None)
     best = 1.0
     for step in range(100):
         start_time = time.perf_counter()
@@ -170,6 +196,9 @@ def test_a_lock_that_another_host_may_hold_is_not_stolen(tmp_path: Path, monkeyp
     with pytest.raises(UserError, match=r"process 12 on elsewhere \(since yesterday\).* remove .*\.lock"):
         RunLock.take(tmp_path)
     assert "elsewhere" in file.read_text()
+    host, boot, _ = run_lock.machine().split()
+    file.write_text(f'{{"pid": 12, "start_ticks": 5, "machine": "{host} {boot} another-container"}}')
+    RunLock.take(tmp_path).release()  # its kernel is ours, and would not have granted it
     file.write_text(f'{{"pid": 1, "start_ticks": -1, "machine": "{run_lock.machine()}"}}')  # of this one, and dead
     lock = RunLock.take(tmp_path)
     lock.release()

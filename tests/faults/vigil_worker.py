@@ -21,7 +21,7 @@ def main() -> None:
         2,
         timeout_seconds=float(timeout),
         on_launcher_gone=lambda: gone.append(time.monotonic()),
-        on_lost=lambda message: print("lost:", message, flush=True),
+        on_lost=lambda message, speaks: print("lost:", message, flush=True),
         grace_seconds=0.5,
     ) as vigil:
         print("entered", flush=True)
