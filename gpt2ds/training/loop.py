@@ -153,8 +153,8 @@ class Run:
             self.record("incident", what=sentence)
 
     def _take_schedule(self, name: str, manifest: Manifest) -> None:
-        """The schedule goes on as it was decided, unless another one is asked for now, or other ranks make the number
-        of steps another one that --hours leave room for.
+        """The schedule goes on as it was decided, unless another one is asked for now, or other ranks can do another
+        number of steps in --hours. Warm-up-stable-decay goes by the clock in any case.
         """
         position, hours = manifest.position, self.plan.schedule.hours
         same = position.schedule == asdict(self.plan.schedule)
@@ -169,7 +169,7 @@ class Run:
             raise UserError(
                 f"Checkpoint {name} was written by another version ({error}): resume it with that one."
             ) from error
-        if same and (not hours or manifest.ranks == self.plan.ranks):
+        if same and (not hours or manifest.ranks == self.plan.ranks or earlier.kind == "wsd"):
             self.rate = earlier
             self.speed_measured = position.speed_measured
             self.evaluate_every = self.plan.options.evaluate_every or position.evaluate_every

@@ -32,10 +32,17 @@ class SmallDisk:
 
     def leave(self, room_bytes: int = SIZE_BYTES, files: int = FILES) -> None:
         """From now on only so many more bytes (in whole pages) and files and folders fit."""
-        status = os.statvfs(self.folder)
-        used_bytes = (status.f_blocks - status.f_bfree) * status.f_frsize
-        used_files = status.f_files - status.f_ffree
-        self._remount(f"size={used_bytes + room_bytes},nr_inodes={used_files + files}")
+        for attempt in range(20):
+            status = os.statvfs(self.folder)
+            used_bytes = (status.f_blocks - status.f_bfree) * status.f_frsize
+            used_files = status.f_files - status.f_ffree
+            try:
+                self._remount(f"size={used_bytes + room_bytes},nr_inodes={used_files + files}")
+            except subprocess.CalledProcessError:  # a run has written meanwhile, and more is used than would fit
+                if attempt == 19:
+                    raise
+            else:
+                return
 
     def read_only(self) -> None:
         """Fails while a file on it is open for writing."""

@@ -155,9 +155,12 @@ from pathlib import Path
 from gpt2ds.run_lock import RunLock
 lock = RunLock.take(Path(sys.argv[1]))
 started = subprocess.Popen(["sleep", "20"], close_fds=False).pid
+reading, writing = os.pipe()
 if (forked := os.fork()) == 0:
+    os.write(writing, b"it has closed its copy")
     time.sleep(20)
     os._exit(0)
+os.read(reading, 1)
 print(started, forked, flush=True)
 time.sleep(20)
 """
