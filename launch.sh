@@ -48,7 +48,17 @@ install() {
 }
 
 gpus() {
-  "$venv/bin/python" -c 'from gpt2ds.devices import this_machine; print(len(this_machine().gpus))'
+  "$venv/bin/python" - <<'END'
+import sys
+from gpt2ds.devices import this_machine
+from gpt2ds.errors import UserError
+
+try:
+    print(len(this_machine().gpus))
+except UserError as error:
+    print(f"Error: {error}", file=sys.stderr)
+    sys.exit(2)
+END
 }
 
 # train OPTIONS: through DeepSpeed's launcher, a rank per GPU, or per core and at most two where there is none.
@@ -62,12 +72,13 @@ train() {
 }
 
 demo() {
-  local run length
+  local run length found
   run=launch-$(date +%Y%m%d-%H%M%S)
   "$venv/bin/gpt2ds" prepare
   # Little accumulation, so that there is something to see. On GPUs model and micro-batch are chosen to fit the cards.
   length=(--hours 0.04 --accumulation 1)
-  [ "$(gpus)" -gt 0 ] && length=(--hours 0.1 --accumulation 2)
+  found=$(gpus)
+  [ "$found" -gt 0 ] && length=(--hours 0.1 --accumulation 2)
   train --ds ds_configs/zero2.json --name "$run" --keep 1 "${length[@]}"
 }
 

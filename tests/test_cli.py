@@ -1,6 +1,7 @@
 """The command line: starts light, accepts what launchers inject, and its messages."""
 
 import importlib.util
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,20 @@ def test_a_rank_in_the_environment_that_is_none(
     result = run_cli("train", *arguments, cwd=tmp_path, **environment)
     assert result.returncode == 2, result.stdout + result.stderr
     assert result.stderr.startswith("Error: ") and words in result.stderr
+
+
+def test_a_port_that_another_run_has_taken(tmp_path: Path, models_file: Path, corpus_folder: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        group = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        words = ["--ds", "fp32_baseline", "--model", "tiny", "--models-file", models_file, "--data", corpus_folder]
+        result = run_cli("train", *words, cwd=tmp_path, **group)
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert (
+        f"Error: Port {port}, at which the ranks meet, is taken" in result.stderr and "Traceback" not in result.stderr
+    )
 
 
 def test_a_folder_in_which_the_embedded_text_cannot_be_prepared(tmp_path: Path) -> None:

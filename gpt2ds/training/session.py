@@ -79,6 +79,11 @@ def train(
     except Exception as error:
         if answer := _answer(error, plan, int(os.environ["RANK"]), "while starting"):
             raise answer from error
+        if "EADDRINUSE" in str(error):
+            raise UserError(
+                f"Port {os.environ['MASTER_PORT']}, at which the ranks meet, is taken, perhaps by another run: give "
+                "the launcher another one (deepspeed --master_port)."
+            ) from error
         raise
     with _locked(plan, ranks), closing(_Log(plan, ranks, recorder_for)) as log:
         return _session(plan, ranks, log, signals, watch)
