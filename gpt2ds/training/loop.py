@@ -175,7 +175,10 @@ class Run:
             self.evaluate_every = self.plan.options.evaluate_every or position.evaluate_every
         elif hours:
             # Until the new number of steps is known; the peak, without a warm-up, would undo what was learnt.
-            self.rate = replace(self.rate, held_lr=earlier.at(position.step))
+            # The warm-up is the one that was, unless another one is asked for.
+            own = {name: getattr(earlier, name) for name in ("warmup_steps", "climb_start", "climb_start_lr")}
+            own = own if self.plan.options.warmup_steps is None else {}
+            self.rate = replace(self.rate, held_lr=earlier.at(position.step), **own)
 
     def _go_on_from(self, position: Position) -> None:
         self.step = self.saving.at_step = position.step
@@ -396,9 +399,10 @@ class Run:
         total = self.step + left
         if not self.speed_measured:
             self.speed_measured = True
-            self.rate = replace(self.rate, held_lr=None)
             self.evaluate_every = self.evaluate_every or evaluation_interval(total)
-            if self.plan.options.warmup_steps is None:
+            if self.rate.held_lr is not None:
+                self.rate = replace(self.rate, released_at=self.step)
+            elif self.plan.options.warmup_steps is None:
                 self.rate = self.rate.with_default_warmup(self.step, total)
         reason = f"{seconds:.3g} s a step leave room for so many in {schedule.hours:g} hours"
         if decay_due:

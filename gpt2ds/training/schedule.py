@@ -24,6 +24,8 @@ class LearningRate:
     climb_start_lr: float = 0.0
     held_lr: float | None = None
     """The rate until the number of steps is known, for a run that goes on with other --hours."""
+    released_at: int | None = None
+    """From this step on it goes over to the course, within as many steps as the warm-up has."""
 
     @classmethod
     def of(cls, schedule: Schedule) -> "LearningRate":
@@ -69,8 +71,14 @@ class LearningRate:
         cosine: half a cosine from the peak to min_lr_ratio of it at total_steps. wsd: the peak until decay_start, then
         linearly down to min_lr_ratio of it. constant: the peak.
         """
-        if self.held_lr is not None:
+        if self.held_lr is None:
+            return self._course(step)
+        if self.released_at is None:
             return self.held_lr
+        done = min(1.0, (step - self.released_at + 1) / max(1, self.warmup_steps))
+        return self.held_lr + (self._course(step) - self.held_lr) * done
+
+    def _course(self, step: int) -> float:
         if step < self.warmup_steps:
             done = (step + 1 - self.climb_start) / (self.warmup_steps - self.climb_start)
             return self.climb_start_lr + (self.peak_lr - self.climb_start_lr) * done

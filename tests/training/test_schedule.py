@@ -1,6 +1,7 @@
 """The learning rate as a function of the step."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -67,3 +68,17 @@ def test_a_warm_up_whose_length_is_found_on_the_way_climbs_on_from_where_it_is()
         assert all(0 < second - first < 0.25 for first, second in itertools.pairwise(climb))
         assert climb[-1] == pytest.approx(1.0)
     assert rates.with_default_warmup(300, 100_000) == rates
+
+
+def test_a_held_rate_goes_over_to_the_course_step_by_step() -> None:
+    course = LearningRate(
+        kind="cosine", peak_lr=1.0, min_lr_ratio=0.1, warmup_steps=10, total_steps=None, decay_start=None
+    )
+    held = replace(course, held_lr=0.1)
+    assert held.at(90) == 0.1
+    decided = replace(held.ending_at(200, 0.2), released_at=95)
+    whole = course.ending_at(200, 0.2)
+    assert decided.at(95) == pytest.approx(0.1 + 0.1 * (whole.at(95) - 0.1))
+    steps = [decided.at(step) for step in range(94, 105)]
+    assert steps == sorted(steps) and max(later - earlier for earlier, later in itertools.pairwise(steps)) < 0.07
+    assert decided.at(104) == whole.at(104) and decided.at(150) == whole.at(150)
